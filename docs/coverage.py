@@ -1,0 +1,161 @@
+"""Write docs/coverage.md: every style and zoo model, captured, rewritten or refused and why, and the error.
+
+    python docs/coverage.py            all of it (some minutes)
+    python docs/coverage.py NAME ...   print these rows only
+
+Each row compiles with inner="eager" and compares with eager: values, and for styles gradients.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+TARGET = ROOT / "docs" / "coverage.md"
+
+import torch  # noqa: E402
+from corpus import hf_zoo, styles  # noqa: E402
+from corpus.harness import dynamo_graphs, error, observe, worst  # noqa: E402
+from corpus.variants import VARIANTS  # noqa: E402
+
+import moe_compile  # noqa: E402
+
+HEADER = """\
+# Coverage
+
+Written by `python docs/coverage.py`; `tests/test_coverage_table.py` checks that no case is missing and recomputes
+a sample.
+
+*graphs*: how many Dynamo makes, by default / with its flags for data-dependent shapes and scalars, which
+`moe_compile.compile` turns on for itself (a name is what Dynamo raises; 0: it skips the code).
+*rewritten*: MoE blocks replaced by stage ops, of those in the code. *error*: largest difference from eager
+relative to the largest value, gradients included for styles.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    graphs: str
+    rewritten: int
+    blocks: int
+    error: float
+    why: str
+
+    def __str__(self) -> str:
+        done = f"{self.rewritten}/{self.blocks}"
+        return f"| `{self.name}` | {self.graphs} | {done} | {self.error:.0e} | {self.why} |"
+
+
+def style_row(name: str) -> Row:
+    """A style's row, with gradients."""
+    if name in VARIANTS:
+        module, x = VARIANTS[name].build(), VARIANTS[name].inputs()
+    else:
+        module, (x,) = styles.CASES[name].factory(), styles.CASES[name].inputs()
+    graphs = f"{graphs_by_default(module, x)} / {dynamo_graphs(module, x)}"
+    blocks = BLOCKS.get(name, 1)
+    report, compiled = compile_eager(module)
+    want, got = observe(module, module, x, grad=True), observe(compiled, module, x, grad=True)
+    return Row(
+        name,
+        graphs,
+        len(report.rewritten),
+        blocks,
+        worst(got, want)[0],
+        why(report, blocks, module, (x,), {}),
+    )
+
+
+def zoo_row(name: str) -> Row:
+    """A zoo model's row: values only."""
+    model, kwargs = hf_zoo.ZOO[name]()
+    graphs = f"{graphs_by_default(model, **kwargs)} / {dynamo_graphs(model, **kwargs)}"
+    blocks = hf_zoo.MOE_LAYERS[name]
+    report, compiled = compile_eager(model)
+    with torch.no_grad():
+        off = error(hf_zoo.first_tensor(compiled(**kwargs)), hf_zoo.first_tensor(model(**kwargs)))
+    return Row(name, graphs, len(report.rewritten), blocks, off, why(report, blocks, model, (), kwargs))
+
+
+BLOCKS = {"outside_two_layers": 2, "outside_two_routers_one_pool": 2, "gather_chunked_tokens": 2}
+
+
+def compile_eager(module: torch.nn.Module) -> tuple[moe_compile.RewriteReport, torch.nn.Module]:
+    torch._dynamo.reset()
+    report = moe_compile.RewriteReport()
+    return report, moe_compile.compile(module, inner="eager", report=report)
+
+
+def graphs_by_default(module: torch.nn.Module, *args: torch.Tensor, **kwargs: object) -> int | str:
+    return dynamo_graphs(module, *args, flags=False, **kwargs)
+
+
+def why(report: moe_compile.RewriteReport, blocks: int, module: torch.nn.Module, args: tuple, kwargs: dict) -> str:
+    """Why not all blocks are rewritten: the regions' reasons, or what broke the graph."""
+    if len(report.rewritten) >= blocks:
+        return ""
+    with torch.no_grad():
+        told = moe_compile.explain(module)(*args, **kwargs)
+    reasons = [r.reason for r in told.refused] or told.graph_breaks or told.notes or report.notes
+    return shorten("; ".join(dict.fromkeys(map(str, reasons))))
+
+
+def shorten(text: str, limit: int = 160) -> str:
+    """One line of a Markdown cell, without the places where packages lie on this machine."""
+    text = re.sub(r"(/[^\s:|]+/)+(?=[^\s/:|]+\.py)", "", text.replace("\n", " ")).replace("|", "\\|")
+    return text if len(text) <= limit else text[: limit - 3].rstrip() + "..."
+
+
+def section(title: str, rows: list[Row]) -> str:
+    full = sum(row.rewritten >= row.blocks for row in rows)
+    one = sum(row.graphs.endswith(" 1") for row in rows)
+    head = (
+        f"## {title}\n\n{len(rows)} cases, {one} of them one graph with the flags, {full} rewritten in full, "
+        f"largest error {max(row.error for row in rows):.0e}.\n\n"
+        "| case | graphs | rewritten | error | why not |\n|---|---|---|---|---|\n"
+    )
+    return head + "\n".join(map(str, rows)) + "\n"
+
+
+def progress(name: str, row: Row) -> Row:
+    print(f"{name:40s} {row}", file=sys.stderr, flush=True)
+    return row
+
+
+def document() -> str:
+    given = [progress(name, style_row(name)) for name in styles.CASES]
+    own = [progress(name, style_row(name)) for name in VARIANTS]
+    zoo = [progress(name, zoo_row(name)) for name in hf_zoo.ZOO]
+    parts = [
+        HEADER,
+        section("Styles of real repositories (`tests/corpus/styles.py`)", given),
+        section("Near variants (`tests/corpus/variants/`)", own),
+        section("transformers models (`tests/corpus/hf_zoo.py`)", zoo),
+    ]
+    return "\n".join(parts)
+
+
+def row_of(name: str) -> Row:
+    return zoo_row(name) if name in hf_zoo.ZOO else style_row(name)
+
+
+def parse(text: str) -> dict[str, tuple[str, str]]:
+    """name -> (graphs, rewritten) of every row of the written table."""
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| (\d+/\d+) \|", text, flags=re.MULTILINE)
+    return {name: (graphs.strip(), done) for name, graphs, done in rows}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")
+    if sys.argv[1:]:
+        print(*map(row_of, sys.argv[1:]), sep="\n")
+    else:
+        TARGET.write_text(document())

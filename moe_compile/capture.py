@@ -1,0 +1,102 @@
+"""How a model's frames become graphs: Dynamo's capture flags, on for one model's compilations and off for all others.
+
+Two flags let Dynamo capture `nonzero`, `where(mask)` and `.item()`, which naive MoE loops are made of. They are global,
+they can make Dynamo or the inner compiler raise where it would have broken the graph, and without a rewrite they only
+make graphs harder to compile. So they are on only inside the calls in which Dynamo converts a frame of our model, and a
+frame whose conversion raises is converted again without them.
+
+(Modules that Dynamo cannot capture even so will be probed and re-emitted from here.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.fx import GraphModule
+
+from moe_compile.logs import warn_once
+from moe_compile.report import RewriteReport
+
+FLAGS = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
+
+_active = threading.local()
+
+
+class NothingRewritten(Exception):
+    """The backend found no MoE block to rewrite in a graph that only the capture flags made possible."""
+
+
+def flags_active() -> bool:
+    """Whether Dynamo is converting a frame with our flags, and would convert it again without them if we raised."""
+    return bool(getattr(_active, "depth", 0))
+
+
+class WithCaptureFlags:
+    """Dynamo's frame callback with the capture flags on while it works on a frame, or off if that raises.
+
+    report: hears which frames were captured without flags, and forgets what the attempt with flags had put into it.
+    """
+
+    def __init__(self, callback: Callable[..., Any], report: RewriteReport | None = None) -> None:
+        self._callback = callback
+        self._report = report
+        # Dynamo's cache lookup follows this chain to the backend from C, with frame evaluation on: it must be a real
+        # attribute, since a Python-level __getattr__ would be handed back to Dynamo as a frame, without end.
+        self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
+
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        undo = self._report.checkpoint() if self._report is not None else None
+        try:
+            with _Flags():
+                return self._callback(frame, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001  whatever it is, it may be the flags' doing: the second try decides
+            note = _why_without(frame, error)
+            warn_once(note, details=error)
+        if self._report is not None and undo is not None:
+            undo()
+            self._report.notes.append(note)
+        return self._callback(frame, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # its own (not there yet while this object is copied), or Python's
+            raise AttributeError(name)
+        return getattr(self._callback, name)
+
+
+class _Flags:
+    """Dynamo's configuration with the flags on, and `flags_active()` true."""
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config
+
+        self._patch = config.patch({flag: True for flag in FLAGS if hasattr(config, flag)})
+        self._patch.__enter__()
+        _active.depth = getattr(_active, "depth", 0) + 1
+
+    def __exit__(self, *error: Any) -> None:
+        _active.depth -= 1
+        self._patch.__exit__(*error)
+
+
+def data_dependent(gm: GraphModule) -> bool:
+    """Whether a size or a number in the graph is known only when it runs (`nonzero`, `.item()`)."""
+    return any(node.meta.get("unbacked_bindings") for node in gm.graph.nodes)
+
+
+def _why_without(frame: Any, error: Exception) -> str:
+    code = frame.f_code
+    where = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    causes = list(_causes(error))
+    ours = next((cause for cause in causes if isinstance(cause, NothingRewritten)), None)
+    last = causes[-1]
+    text = (str(last).splitlines() or [""])[0]
+    why = str(ours or f"capturing it with {' and '.join(FLAGS)} raised {type(last).__name__}: {text}")
+    return f"{where} is compiled without Dynamo's capture flags: {why}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__

@@ -1,0 +1,46 @@
+"""The four stage ops of a MoE layer, torch.ops.moe_compile.*, and the providers that compute them.
+
+    route -> quantize_dispatch -> permute_experts_unpermute -> combine
+
+Shapes carry suffixes: T tokens, K top-k slots, E experts, H hidden, I intermediate, O output width, N = T*K slots, R rows.
+Files: one a stage (route, quantize_dispatch, experts, combine); program, functions, infer, evaluate: the expert's
+function as text; layout: parameters in place; registry: providers; experts_* and comm_*: one provider each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from . import combine, comm_local, experts, experts_cpu, experts_reference, quantize_dispatch, registry, route
+from .program import Program, parse
+from .registry import Problem, Provider, providers, register
+
+OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.BACKWARD_OP, combine.OP)
+
+
+def source_hash() -> str:
+    """sha256 of this package's source: Inductor's cache does not key the bodies of custom ops (pytorch #160472)."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+__all__ = [
+    "OPS",
+    "Problem",
+    "Program",
+    "Provider",
+    "combine",
+    "comm_local",
+    "experts",
+    "experts_reference",
+    "parse",
+    "providers",
+    "quantize_dispatch",
+    "register",
+    "registry",
+    "route",
+    "source_hash",
+]

@@ -1,0 +1,117 @@
+"""Stage op combine: each token's weighted sum over its K slots, accumulated in float32 (float64 for float64).
+
+    out[t] = sum_k w[t, k] * y[t, k]          (w = 1 without topk_weights)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import registry
+from ._register import register_op
+
+NAME = "combine"
+SCHEMA = (
+    f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider) -> Tensor"
+)
+_CHUNK = 1 << 17  # elements of y handled at once on a CPU: 512 KiB in float32
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-6, 1e-6),
+    torch.bfloat16: (8e-3, 8e-3),
+    torch.float16: (1e-3, 1e-3),
+}
+
+
+def accumulate_dtype(y: Any, topk_weights: Any) -> Any:
+    """float32, or wider if an operand is."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return dtype if topk_weights is None else torch.promote_types(dtype, topk_weights.dtype)
+
+
+def result_dtype(y: Any, topk_weights: Any, out_dtype: Any) -> Any:
+    """out_dtype, or what y * w would have."""
+    if out_dtype is not None:
+        return out_dtype
+    return y.dtype if topk_weights is None else torch.promote_types(y.dtype, topk_weights.dtype)
+
+
+def local(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any) -> Any:
+    """Provider "local": out [T, O]."""
+    dtype = accumulate_dtype(y_TKO, topk_weights_TK)
+    if y_TKO.device.type == "cpu":
+        return _local_cpu(y_TKO, topk_weights_TK, dtype, out_dtype)
+    return _weighted_sum(y_TKO, topk_weights_TK, dtype).to(out_dtype)
+
+
+def _weighted_sum(y_TKO: Any, topk_weights_TK: Any, dtype: Any) -> Any:
+    terms = y_TKO.to(dtype)
+    return terms.sum(1) if topk_weights_TK is None else (terms * topk_weights_TK.to(dtype).unsqueeze(-1)).sum(1)
+
+
+def _local_cpu(y_TKO: Any, topk_weights_TK: Any, dtype: Any, out_dtype: Any) -> Any:
+    """Tokens in chunks that stay in cache: a temporary of all of [T, K, O] costs 10 times the sum in page faults."""
+    tokens, top_k, width = y_TKO.shape
+    out_TO = y_TKO.new_empty((tokens, width), dtype=out_dtype)
+    step = max(1, _CHUNK // max(1, top_k * width))
+    for first in range(0, tokens, step):
+        chunk = slice(first, first + step)
+        terms = y_TKO[chunk].to(dtype)
+        if topk_weights_TK is None:
+            out_TO[chunk] = terms.sum(1)
+        else:
+            weights = topk_weights_TK[chunk].to(dtype).unsqueeze(1)
+            out_TO[chunk] = torch.bmm(weights, terms).squeeze(1)
+    return out_TO
+
+
+def _kernel(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str) -> Any:
+    if y_TKO.dim() != 3 or (topk_weights_TK is not None and topk_weights_TK.shape != y_TKO.shape[:2]):
+        given = None if topk_weights_TK is None else tuple(topk_weights_TK.shape)
+        raise ValueError(f"y must be [T, K, O] and topk_weights [T, K], got {tuple(y_TKO.shape)} and {given}")
+    out_dtype = result_dtype(y_TKO, topk_weights_TK, out_dtype)
+    return registry.kernel("comm", provider, NAME)(y_TKO, topk_weights_TK, handle, out_dtype)
+
+
+def _fake(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str) -> Any:
+    shape = (y_TKO.shape[0], y_TKO.shape[2])
+    return y_TKO.new_empty(shape, dtype=result_dtype(y_TKO, topk_weights_TK, out_dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    y, topk_weights, handle, _, _ = inputs
+    # y is only read for the gradient of the weights, so it is not kept alive without them.
+    ctx.save_for_backward(y if topk_weights is not None else None, topk_weights)
+    ctx.shape, ctx.dtype, ctx.handles = y.shape, y.dtype, len(handle)
+
+
+def _backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
+    y, topk_weights = ctx.saved_tensors
+    dy = dw = None
+    if topk_weights is None:
+        dy = grad_TO.to(ctx.dtype).unsqueeze(1).expand(ctx.shape)
+    else:
+        dtype = accumulate_dtype(y, topk_weights)
+        grad = grad_TO.to(dtype).unsqueeze(1)
+        if ctx.needs_input_grad[0]:
+            dy = (grad * topk_weights.to(dtype).unsqueeze(-1)).to(y.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad * y.to(dtype)).sum(-1).to(topk_weights.dtype)
+    return dy, dw, [None] * ctx.handles, None, None
+
+
+OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+
+
+def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:
+    """Argument tuples without the provider: weighted, unweighted, another output dtype, no tokens."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn((3, 2, 5), generator=generator, dtype=torch.float64).to(device, dtype)
+    w = torch.rand((3, 2), generator=generator, dtype=torch.float64).to(device, dtype)
+    yield y, w, [], None
+    yield y, None, [], None
+    yield y, w, [], torch.float32
+    yield y[:0], w[:0], [], None

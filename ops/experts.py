@@ -1,0 +1,209 @@
+"""Stage op permute_experts_unpermute: each slot's row through its expert, results in slot order; and its backward op.
+
+    y[t, k] = f_e(x[t], w[t, k])   with e the expert of slot n = t*K + k, f the program (ops/program.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import registry
+from ._register import register_op
+from .evaluate import Needs
+from .infer import Inputs, Value, infer
+from .layout import Params
+from .program import Program, parse
+from .quantize_dispatch import counting_sort
+
+NAME = "permute_experts_unpermute"
+_ARGS = (
+    "Tensor x_TH, Tensor order_N, Tensor offsets_E, Tensor? topk_weights_TK, Tensor[] weights, Tensor[] biases, "
+    "str program, str weight_layout, str bias_layout, int top_k, str provider"
+)
+SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
+BACKWARD_SCHEMA = f"{NAME}_backward(Tensor grad_TKO, {_ARGS}, bool[] needs_grad) -> Tensor[]"
+
+# (rtol, atol) of a provider against the reference in float64, for values around one
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (2e-2, 2e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The arguments of one call, prepared for a provider.
+
+    x [T, H]; order int64 [N], slots sorted by expert, slots of no expert last; offsets int32 [E], end of each expert's
+    run in order; topk_weights [T, K] or None; values: the type of each step of the program.
+    """
+
+    x: Any
+    order: Any
+    offsets: Any
+    topk_weights: Any
+    weights: Params
+    biases: Params
+    program: Program
+    values: list[Value]
+    top_k: int
+
+    @property
+    def out_shape(self) -> tuple[Any, Any, Any]:
+        return self.x.shape[0], self.top_k, self.values[-1].width
+
+    def parameters(self) -> list[Any]:
+        """Every differentiable argument in the order of needs_grad: x, topk_weights, weights, biases."""
+        return [self.x, self.topk_weights, *self.weights.tensors, *self.biases.tensors]
+
+    def needs(self, needs_grad: list[bool]) -> Needs:
+        """needs_grad by slot: a weight of several tensors needs one if any of them does."""
+        weights = needs_grad[2 : 2 + len(self.weights.tensors)]
+        biases = needs_grad[2 + len(weights) :]
+
+        def any_of(params: Params, flags: list[bool]) -> list[bool]:
+            return [any(flags[slot.first : slot.first + slot.num]) for slot in params.slots]
+
+        weight, bias = any_of(self.weights, weights), any_of(self.biases, biases)
+        return Needs(needs_grad[0], needs_grad[1], weight.__getitem__, bias.__getitem__)
+
+
+def prepare(
+    x: Any,
+    order: Any,
+    offsets: Any,
+    topk_weights: Any,
+    weights: list[Any],
+    biases: list[Any],
+    program: str,
+    weight_layout: str,
+    bias_layout: str,
+    top_k: int,
+) -> Call:
+    """Checks the arguments against each other (no data is read) and infers the types of the program's values."""
+    parsed = parse(program)
+    experts = offsets.shape[0]
+    weight_params = Params(weights, weight_layout, experts, "weight")
+    bias_params = Params(biases, bias_layout, experts, "bias")
+    _check(parsed, x, weight_params, bias_params, topk_weights, top_k)
+    values = infer(
+        parsed,
+        Inputs(
+            Value(x.shape[1], x.dtype),
+            None if topk_weights is None else Value(1, topk_weights.dtype),
+            weight_params.fan,
+            lambda j: Value(bias_params.first(j).shape[-1], bias_params.first(j).dtype),
+        ),
+    )
+    return Call(x, order, offsets, topk_weights, weight_params, bias_params, parsed, values, top_k)
+
+
+def _check(program: Program, x: Any, weights: Params, biases: Params, topk_weights: Any, top_k: int) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x must be [T, H], got shape {tuple(x.shape)}; flatten batch and sequence first")
+    if top_k < 1 or (topk_weights is not None and topk_weights.shape[-1] != top_k):
+        given = None if topk_weights is None else tuple(topk_weights.shape)
+        raise ValueError(f"top_k is {top_k}, topk_weights has shape {given}; they must agree and be at least 1")
+    for name, wanted, slots in (("weight", program.num_weights, weights), ("bias", program.num_biases, biases)):
+        if wanted > len(slots.slots):
+            raise ValueError(f"expert program {program.text!r} reads {name} {wanted - 1}, layout has {len(slots.slots)}")
+
+
+def _kernel(*args: Any) -> Any:
+    *inputs, provider = args
+    call = prepare(*inputs)
+    _check_slots(call)
+    return registry.kernel("experts", provider, NAME)(call)
+
+
+def _check_slots(call: Call) -> None:
+    slots = call.x.shape[0] * call.top_k
+    if call.order.numel() != slots or call.order.dtype != torch.int64 or call.offsets.dtype != torch.int32:
+        raise ValueError(
+            f"order must be int64 [{slots}] (T*K) and offsets int32 [E], got {call.order.dtype} "
+            f"{tuple(call.order.shape)} and {call.offsets.dtype}; take them from quantize_dispatch"
+        )
+
+
+def _fake(*args: Any) -> Any:
+    call = prepare(*args[:-1])
+    return call.x.new_empty(call.out_shape, dtype=call.values[-1].dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, order, offsets, topk_weights, weights, biases, *rest = inputs
+    ctx.save_for_backward(x, order, offsets, topk_weights, *weights, *biases)
+    ctx.num_weights, ctx.rest = len(weights), rest
+
+
+def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    x, order, offsets, topk_weights, *params = ctx.saved_tensors
+    weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
+    wanted = ctx.needs_input_grad
+    needs = [wanted[0], wanted[3], *wanted[4], *wanted[5]]
+    op = getattr(torch.ops.moe_compile, NAME + "_backward")
+    found = op(grad, x, order, offsets, topk_weights, weights, biases, *ctx.rest, needs)
+    grads = [each if need else None for each, need in zip(found, needs, strict=True)]
+    split = 2 + len(weights)
+    return grads[0], None, None, grads[1], grads[2:split], grads[split:], *[None] * len(ctx.rest)
+
+
+def _backward_kernel(grad: Any, *args: Any) -> list[Any]:
+    *inputs, provider, needs_grad = args
+    call = prepare(*inputs)
+    _check_slots(call)
+    run = registry.kernel("experts", provider, NAME + "_backward")
+    grads: list[Any] = run(call, grad.reshape(-1, call.values[-1].width), needs_grad)
+    return grads
+
+
+def empty_grads(call: Call, needs_grad: list[bool]) -> list[Any]:
+    """Unfilled gradient buffers in parameters() order, with the parameters' strides; 0 elements where none is needed.
+
+    The fake returns these too, so that strides under torch.compile are those of the kernel.
+    """
+    grads = []
+    for tensor, need in zip(call.parameters(), needs_grad, strict=True):
+        grads.append(torch.empty_like(tensor) if need else call.x.new_empty(0))
+    return grads
+
+
+def _backward_fake(grad: Any, *args: Any) -> list[Any]:
+    *inputs, _, needs_grad = args
+    return empty_grads(prepare(*inputs), needs_grad)
+
+
+OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
+
+
+def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:
+    """Argument tuples without the provider: SwiGLU stacked, biased interleaved lists, weighted input, no tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> Any:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5).to(device, dtype)
+
+    def slots(ids: list[list[int]], experts: int) -> tuple[Any, Any]:
+        order, offsets = counting_sort(torch.tensor(ids, dtype=torch.int64, device=device), experts)
+        return order, offsets
+
+    glu = "mm(1, silu(cols(mm(0, x), 0, 6, 1)) * cols(mm(0, x), 6, 12, 1))"
+    weights = [rand(4, 8, 12), rand(4, 6, 8)]
+    yield rand(3, 8), *slots([[0, 2], [2, 1], [3, 0]], 4), None, weights, [], glu, "eio,eio", "", 2
+
+    interleaved = "mm(1, gelu(cols(mm(0, x) + b(0), 0, 8, 2)) * (cols(mm(0, x) + b(0), 1, 8, 2) + 1.0)) + b(1)"
+    weights = [rand(8, 8) for _ in range(3)] + [rand(8, 4) for _ in range(3)]
+    biases = [rand(8) for _ in range(6)]
+    layouts = ("oi*3,oi*3", "o*3,o*3")
+    yield rand(2, 8), *slots([[0, 0], [-1, 2]], 3), rand(2, 2), weights, biases, f"({interleaved}) * w", *layouts, 2
+
+    weights = [rand(2, 4, 4)]
+    yield rand(3, 4), *slots([[1], [1], [1]], 2), rand(3, 1), weights, [], "relu(mm(0, x * w))", "eoi", "", 1
+    yield rand(0, 4), *slots([], 2), None, weights, [rand(2, 4)], "mm(0, x) + b(0)", "eoi", "eo", 2

@@ -1,0 +1,91 @@
+"""Where an expert's parameters are: text layouts over the op's flat tensor lists, used in place, never stacked."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+_LAYOUT = re.compile(r"(?:(e)(io|oi|o)|(io|oi|o)\*(\d+))")
+
+
+class Slot(NamedTuple):
+    """One parameter of a layout: tensors[first : first + num] hold it for all experts.
+
+    stacked: one tensor with a leading expert dimension, else one tensor an expert. axes: "io", "oi" or "o".
+    """
+
+    stacked: bool
+    axes: str
+    first: int
+    num: int
+
+
+@functools.lru_cache(maxsize=256)
+def parse_layout(text: str) -> tuple[Slot, ...]:
+    """Slots of "eio" | "eoi" | "eo" (one stacked tensor) and "io*8" | "oi*8" | "o*8" (8 tensors), comma separated."""
+    slots: list[Slot] = []
+    first = 0
+    for entry in text.split(",") if text else []:
+        match = _LAYOUT.fullmatch(entry.strip())
+        if match is None:
+            raise ValueError(f"layout {text!r}: {entry!r} is none of eio, eoi, eo, io*N, oi*N, o*N")
+        stacked, axes = match[1] is not None, match[2] or match[3]
+        count = 1 if stacked else int(match[4])
+        slots.append(Slot(stacked, axes, first, count))
+        first += count
+    return tuple(slots)
+
+
+class Params:
+    """Weights or biases of all experts: `of(j, e)` is a view [in, out] (or [out]) of the caller's tensors.
+
+    Raises ValueError if the layout and the tensors do not fit, or an expert dimension is not num_experts.
+    """
+
+    def __init__(self, tensors: Sequence[Any], layout: str, num_experts: int, name: str) -> None:
+        self.tensors = tensors
+        self.slots = parse_layout(layout)
+        self._check(layout, num_experts, name)
+
+    def _check(self, layout: str, num_experts: int, name: str) -> None:
+        wanted = sum(slot.num for slot in self.slots)
+        if wanted != len(self.tensors):
+            raise ValueError(f"{name} layout {layout!r} describes {wanted} tensors, got {len(self.tensors)}")
+        for slot in self.slots:
+            tensor = self.tensors[slot.first]
+            experts = tensor.shape[0] if slot.stacked else slot.num
+            if tensor.dim() != slot.stacked + len(slot.axes) or experts != num_experts:
+                raise ValueError(
+                    f"{name} layout {layout!r} with {num_experts} experts does not fit a tensor of shape "
+                    f"{tuple(tensor.shape)} (entry {slot.axes!r}, {experts} experts)"
+                )
+
+    def of(self, j: int, expert: int) -> Any:
+        """Parameter j of an expert: a view, [in, out] for a weight and [out] for a bias."""
+        return view(self.slots[j], self.tensors, expert)
+
+    def all(self, j: int) -> list[Any]:
+        """`of(j, e)` for every expert, in two calls for a stacked tensor."""
+        slot = self.slots[j]
+        tensors = self.tensors[slot.first : slot.first + slot.num]
+        if slot.stacked:
+            whole = tensors[0].transpose(1, 2) if slot.axes == "oi" else tensors[0]
+            return list(whole.unbind(0))
+        return [tensor.t() for tensor in tensors] if slot.axes == "oi" else list(tensors)
+
+    def fan(self, j: int) -> tuple[Any, Any]:
+        """(in, out) of weight j."""
+        axes, shape = self.slots[j].axes, self.tensors[self.slots[j].first].shape
+        return (shape[-2], shape[-1]) if axes == "io" else (shape[-1], shape[-2])
+
+    def first(self, j: int) -> Any:
+        """The tensor that tells parameter j's dtype and width."""
+        return self.tensors[self.slots[j].first]
+
+
+def view(slot: Slot, tensors: Sequence[Any], expert: int) -> Any:
+    """An expert's part of a slot as [in, out] or [out]; works on parameters and on gradients laid out like them."""
+    tensor = tensors[slot.first].select(0, expert) if slot.stacked else tensors[slot.first + expert]
+    return tensor.t() if slot.axes == "oi" else tensor

@@ -1,0 +1,200 @@
+"""Stage op route: from router logits to each token's K experts and their weights.
+
+    scores = score(logits)                        softmax | sigmoid | sqrtsoftplus | none, over E
+    choice = scores + bias                        the bias chooses, it does not weigh
+    choice = group_fill outside the best groups   DeepSeek V2 (group score "max") and V3 ("top2_sum")
+    ids = topk(choice, K)
+    weights = normalize(scores[ids]) * scale      none | sum (eps added to the sum, or its lower bound) | softmax over K
+
+Every step is the torch function that routers are written with, so ties and NaN come out as they do there, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from . import registry
+from ._register import register_op
+
+NAME = "route"
+SCHEMA = (
+    f"{NAME}(Tensor logits_TE, Tensor? bias_E, int top_k, str score, str normalize, float eps, str eps_mode, "
+    "float scale, int num_groups, int top_groups, str group_score, float group_fill, ScalarType? score_dtype, "
+    "ScalarType? weight_dtype, bool sorted) -> (Tensor weights_TK, Tensor ids_TK)"
+)
+
+
+class Routing(NamedTuple):
+    """The constants of a router, in the order of the op's arguments after logits and bias."""
+
+    top_k: int
+    score: str = "softmax"
+    normalize: str = "none"
+    eps: float = 0.0
+    eps_mode: str = "add"
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    group_fill: float = 0.0
+    score_dtype: Any = None
+    weight_dtype: Any = None
+    sorted: bool = True
+
+
+def _sqrtsoftplus(logits: Any) -> Any:
+    return torch.nn.functional.softplus(logits).sqrt()
+
+
+# name -> (scores of logits, gradient of logits from that of scores: (grad, scores, logits))
+_SCORES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any, Any], Any]]] = {
+    "softmax": (
+        lambda logits: torch.softmax(logits, -1),
+        lambda g, s, logits: torch.ops.aten._softmax_backward_data(g, s, -1, s.dtype),
+    ),
+    "sigmoid": (torch.sigmoid, lambda g, s, logits: torch.ops.aten.sigmoid_backward(g, s)),
+    "sqrtsoftplus": (
+        _sqrtsoftplus,
+        lambda g, s, logits: torch.ops.aten.softplus_backward(g / (2 * s), logits, 1.0, 20.0),
+    ),
+    "none": (lambda logits: logits, lambda g, s, logits: g),
+}
+_CHOICES = {
+    "score": tuple(_SCORES),
+    "normalize": ("none", "sum", "softmax"),
+    "eps_mode": ("add", "clamp"),
+    "group_score": ("max", "top2_sum"),
+}
+
+
+def reference(logits_TE: Any, bias_E: Any, routing: Routing) -> tuple[Any, Any]:
+    """weights [T, K] and ids int64 [T, K]."""
+    scores_TE = _scores(logits_TE, routing)
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if routing.num_groups > 1:
+        choice_TE = _limit_groups(choice_TE, routing)
+    ids_TK = torch.topk(choice_TE, routing.top_k, dim=-1, sorted=routing.sorted).indices
+    weights_TK = _normalize(scores_TE.gather(-1, ids_TK), routing)
+    if routing.scale != 1.0:
+        weights_TK = weights_TK * routing.scale
+    return weights_TK.to(routing.weight_dtype or weights_TK.dtype), ids_TK
+
+
+def _scores(logits: Any, routing: Routing) -> Any:
+    return _SCORES[routing.score][0](logits.to(routing.score_dtype or logits.dtype))
+
+
+def _limit_groups(choice_TE: Any, routing: Routing) -> Any:
+    """Keeps the experts of the best top_groups of num_groups groups, the others get group_fill."""
+    tokens, experts = choice_TE.shape
+    grouped = choice_TE.view(tokens, routing.num_groups, experts // routing.num_groups)
+    if routing.group_score == "max":
+        group_scores = grouped.max(-1).values
+    else:
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    best = torch.topk(group_scores, routing.top_groups, dim=-1, sorted=False).indices
+    keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+    return grouped.masked_fill(~keep.unsqueeze(-1), routing.group_fill).view(tokens, experts)
+
+
+def _denominator(gathered: Any, routing: Routing) -> Any:
+    total = gathered.sum(-1, keepdim=True)
+    if routing.eps_mode == "clamp":
+        return total.clamp(min=routing.eps)
+    return total + routing.eps if routing.eps != 0.0 else total
+
+
+def _normalize(gathered: Any, routing: Routing) -> Any:
+    if routing.normalize == "softmax":
+        return torch.softmax(gathered, -1)
+    return gathered / _denominator(gathered, routing) if routing.normalize == "sum" else gathered
+
+
+def _normalize_backward(grad: Any, gathered: Any, routing: Routing) -> Any:
+    if routing.normalize == "none":
+        return grad
+    if routing.normalize == "softmax":
+        weights = torch.ops.aten._softmax(gathered, -1, False)
+        return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+    below = _denominator(gathered, routing)
+    shared = -(grad * gathered / (below * below)).sum(-1, keepdim=True)
+    if routing.eps_mode == "clamp":
+        shared = torch.where(gathered.sum(-1, keepdim=True) >= routing.eps, shared, 0)
+    return grad / below + shared
+
+
+def _check(logits: Any, routing: Routing) -> None:
+    for field, allowed in _CHOICES.items():
+        if getattr(routing, field) not in allowed:
+            raise ValueError(f"route: {field} {getattr(routing, field)!r} is unknown; known: {', '.join(allowed)}")
+    experts = logits.shape[-1]
+    if logits.dim() != 2 or not 1 <= routing.top_k <= experts:
+        raise ValueError(f"route: top_k {routing.top_k} of logits {tuple(logits.shape)}; logits are [T, E], 1 <= K <= E")
+    if routing.num_groups > 1 and experts % routing.num_groups:
+        raise ValueError(f"route: {experts} experts do not divide into {routing.num_groups} groups")
+
+
+def _kernel(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
+    routing = Routing(*constants)
+    _check(logits, routing)
+    return reference(logits, bias, routing)
+
+
+def _fake(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
+    routing = Routing(*constants)
+    _check(logits, routing)
+    shape = (logits.shape[0], routing.top_k)
+    dtype = routing.weight_dtype or routing.score_dtype or logits.dtype
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+    ctx.save_for_backward(inputs[0], output[1])
+    ctx.routing = Routing(*inputs[2:])
+
+
+def _backward(ctx: Any, grad_weights: Any, _: Any) -> tuple[Any, ...]:
+    logits, ids = ctx.saved_tensors
+    routing = ctx.routing
+    scores = _SCORES_UNDER_AUTOCAST[routing.score](logits.to(routing.score_dtype or logits.dtype))
+    grad = grad_weights.to(scores.dtype) * routing.scale
+    picked = _normalize_backward(grad, scores.gather(-1, ids), routing)
+    grad_scores = torch.zeros_like(scores).scatter(-1, ids, picked)
+    grad_logits = _SCORES[routing.score][1](grad_scores, scores, logits.to(scores.dtype))
+    return grad_logits.to(logits.dtype), *[None] * (1 + len(Routing._fields))
+
+
+# The backward is plain torch in the caller's graph, where autocast would turn torch.softmax and softplus into float32.
+_SCORES_UNDER_AUTOCAST: dict[str, Callable[[Any], Any]] = {
+    "softmax": lambda logits: torch.ops.aten._softmax(logits, -1, False),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.ops.aten.softplus(logits, 1.0, 20.0).sqrt(),
+    "none": lambda logits: logits,
+}
+
+OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+
+
+def cost(problem: registry.Problem) -> float:
+    """Microseconds: a handful of small kernels over [T, E]."""
+    return 30.0 + 2e-3 * (problem.tokens or 1024) * problem.num_experts
+
+
+PROVIDER = registry.register(registry.Provider("torch", "route", {NAME: reference}, cost))
+
+
+def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:
+    """Full argument tuples: Mixtral, DeepSeek V2 and V3, GPT-OSS, sqrtsoftplus, no tokens."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((5, 8), generator=generator, dtype=torch.float64).to(device, dtype)
+    bias = torch.randn(8, generator=generator, dtype=torch.float64).to(device, dtype)
+    yield logits, None, *Routing(2, normalize="sum")
+    yield logits, None, *Routing(3, num_groups=4, top_groups=2, scale=16.0, sorted=False)
+    v3 = Routing(2, "sigmoid", "sum", 1e-20, scale=2.5, num_groups=2, group_score="top2_sum", sorted=False)
+    yield logits, bias, *v3
+    yield logits, None, *Routing(4, "none", "softmax")
+    yield logits, bias, *Routing(8, "sqrtsoftplus", "sum", 1e-3, "clamp", score_dtype=torch.promote_types(dtype, torch.float32))
+    yield logits[:0], None, *Routing(2)

@@ -1,0 +1,98 @@
+"""Where does a Dynamo graph decide which experts a token takes?  Every top-k (max, sort, argmax) of scores is asked."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .lift.sizes import shape_of
+
+_INDEX_RESULT = {"topk", "max", "min", "sort"}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A top-k of scores.
+
+    `ids`: the node that holds the chosen indices; `source`: the call that chose; `facts`: (range of the ids, distinct along the last dim).
+    """
+
+    ids: Node
+    source: Node
+    facts: tuple[tuple[int, int], bool]
+
+
+def callee(n: Node) -> str:
+    """Short name of what a node calls: "topk" for torch.topk, Tensor.topk and aten.topk alike."""
+    if n.op == "call_method":
+        return str(n.target)
+    if n.op != "call_function":
+        return ""
+    packet = getattr(n.target, "overloadpacket", None)
+    return getattr(packet or n.target, "__name__", str(n.target))
+
+
+_INPLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+
+
+def writes_in_place(n: Node) -> bool:
+    name = callee(n)
+    return name in _INPLACE or (name.endswith("_") and not name.endswith("__")) or "out" in n.kwargs
+
+
+def tensor_of(n: object) -> torch.Tensor | None:
+    """The fake tensor that Dynamo recorded for a node, None for other values."""
+    v = n.meta.get("example_value", n.meta.get("val")) if isinstance(n, Node) else None
+    return v if isinstance(v, torch.Tensor) else None
+
+
+def decisions(graph: Graph) -> list[Decision]:
+    """All routing decisions, in program order."""
+    found = (_decision(n) for n in graph.nodes if n.op in ("call_function", "call_method") and n.users)
+    return [d for d in found if d is not None]
+
+
+def _decision(n: Node) -> Decision | None:
+    if n.target is operator.getitem and isinstance(n.args[0], Node) and callee(n.args[0]) in _INDEX_RESULT and n.args[1] == 1:
+        return _facts(n, n.args[0], callee(n.args[0]))
+    if callee(n) == "argmax" and isinstance(_argument(n, 1, "dim"), int):
+        return _facts(n, n, "argmax")
+    return None
+
+
+def _argument(n: Node, i: int, name: str):
+    return n.args[i] if len(n.args) > i else n.kwargs.get(name)
+
+
+def _facts(ids: Node, source: Node, kind: str) -> Decision | None:
+    scores, chosen = tensor_of(_argument(source, 0, "input")), tensor_of(ids)
+    if scores is None or chosen is None or not scores.dtype.is_floating_point or scores.dim() == 0:
+        return None
+    d = _argument(source, 2 if kind == "topk" else 1, "dim")
+    d = (d if isinstance(d, int) else -1) % scores.dim()
+    n = shape_of(scores)[d]
+    if not isinstance(n, int):
+        return None
+    distinct = kind in ("topk", "sort") and d == scores.dim() - 1
+    return Decision(ids, source, ((0, n), distinct))
+
+
+_LAYERS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding"}
+
+
+def feeds(d: Decision, later: Decision) -> bool:
+    """Is d a step of a later decision (the choice of groups before that of experts)?  No layer stands between them."""
+    todo, seen = [d.ids], set()
+    while todo:
+        n = todo.pop()
+        if n is later.source:
+            return True
+        if n not in seen and n < later.source and callee(n) not in _LAYERS:
+            seen.add(n)
+            todo.extend(n.users)
+            if writes_in_place(n) and isinstance(n.args[0], Node):  # what was written is read under the tensor's own name
+                todo.extend(u for u in n.args[0].users if n < u)
+    return False

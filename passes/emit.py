@@ -1,0 +1,254 @@
+"""Write expressions as graph nodes.
+
+Every expression is emitted as a two-dimensional tensor [rows, columns]: the row variables flattened in the root's order (extent 1 where
+the expression does not depend on them), then one other group of variables (slots, or features).  An existing node that is proved to hold
+the same elements is used instead of new ones.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .decisions import tensor_of
+from .lift import Refused
+from .lift.algebra import subst
+from .lift.expr import Expr, Var, alpha, is_const, show
+from .lift.index import mix
+from .lift.program import Digit, Param
+from .lift.sizes import Size, prod, shape_of, size_of
+from .lift.value import Value, common
+from .region import MoERegion
+from .window import symbolic
+
+POINTWISE: dict[str, Callable[..., Any]] = {
+    "silu": torch.nn.functional.silu, "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "neg": torch.neg, "exp": torch.exp,
+    "rsqrt": torch.rsqrt, "sqrt": torch.sqrt, "softplus": torch.nn.functional.softplus, "erf": torch.erf, "abs": torch.abs,
+    "log": torch.log, "square": torch.square, "div": torch.div, "maximum": torch.maximum, "minimum": torch.minimum, "where": torch.where,
+    "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "not": torch.logical_not,
+    "idiv": torch.floor_divide, "mod": torch.remainder, "log1p": torch.log1p, "expm1": torch.expm1, "reciprocal": torch.reciprocal,
+    "floor": torch.floor, "sin": torch.sin, "cos": torch.cos,
+}  # fmt: skip
+
+
+class Emitter:
+    """Adds nodes to `graph` at its insertion point.  `at(n)`: the node of this graph that stands for node n of the analysed window."""
+
+    def __init__(self, graph: Graph, region: MoERegion, at: Callable[[Node], Node]):
+        self.graph, self.region, self.at = graph, region, at
+        self.rows = region.formula.rows
+        self.read: set[Node] = set()  # nodes of the window or its inputs that the new code reads
+        self._memo: dict[Any, Node] = {}
+
+    # ------------------------------------------------------------ nodes
+    def call(self, f: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(f, args, kwargs)
+
+    def method(self, name: str, *args: Any) -> Node:
+        return self.graph.call_method(name, args)
+
+    def existing(self, n: Node) -> Node:
+        self.read.add(n)
+        return self.at(n)
+
+    # ------------------------------------------------------------ expressions
+    def matrix(self, e: Expr, columns: Sequence[Var]) -> Any:
+        """e over (rows, columns) as a node of shape [rows or 1, columns or 1], or a number."""
+        if is_const(e):
+            return e.args[0]
+        key = (e, tuple(columns))
+        if key not in self._memo:
+            self._memo[key] = self._found(e, list(columns)) or self._made(e, tuple(columns))
+        return self._memo[key]
+
+    def _found(self, e: Expr, columns: list[Var]) -> Node | None:
+        vs = [v for v in self.rows if v in e.free] + [v for v in columns if v in e.free]
+        on_rows = self.rows and all(v in e.free for v in self.rows)
+        if not vs or (e.free & set(self.rows) and not on_rows) or not all(v in e.free for v in columns):
+            return None
+        n = find_node(self.region, e, vs)
+        if n is None:
+            return None
+        return self._shaped(self.existing(n), tensor_of(n), -1 if on_rows else 1, prod(v.size for v in columns))
+
+    def _shaped(self, node: Node, like: torch.Tensor | None, rows: int, columns: Size) -> Node:
+        if like is not None and like.dim() == 2 and shape_of(like)[1] == columns:
+            return node
+        return self.method("reshape", node, rows, columns)
+
+    def _made(self, e: Expr, columns: tuple[Var, ...]) -> Node:
+        a = e.args
+        if e.op == "load":
+            return self._load(e, columns)
+        if e.op in ("add", "mul"):
+            return self._fold(operator.add if e.op == "add" else operator.mul, [self.matrix(x, columns) for x in a])
+        if e.op == "cast":
+            return self.method("to", self.matrix(a[0], columns), a[1])
+        if e.op == "stop":
+            return self.method("detach", self.matrix(a[0], columns))
+        if e.op == "clamp":
+            return self.call(torch.clamp, self.matrix(a[0], columns), a[1], a[2])
+        if e.op == "sum":
+            self._only_rows(e)
+            return self.call(torch.sum, self.matrix(a[1], (a[0],)), 1, True)
+        if e.op == "softmax" and tuple(columns) == (a[2],):
+            return self.call(torch.softmax, self.matrix(a[1], (a[0],)), 1)
+        if e.op in POINTWISE:
+            return self.call(POINTWISE[e.op], *[self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+        raise Refused(f"no graph code for {show(e)[:80]}")
+
+    def _only_rows(self, e: Expr) -> None:
+        if not e.free <= set(self.rows):
+            raise Refused(f"no graph code for {show(e)[:80]}")
+
+    def _fold(self, f: Callable[..., Any], parts: list[Any]) -> Node:
+        nodes = [p for p in parts if isinstance(p, Node)] + [p for p in parts if not isinstance(p, Node)]
+        out = nodes[0]
+        for p in nodes[1:]:
+            out = self.call(f, out, p)
+        return out
+
+    # ------------------------------------------------------------ elements of a tensor
+    def _load(self, e: Expr, columns: tuple[Var, ...]) -> Node:
+        leaf, idx = e.args[0], list(e.args[1:])
+        n = holder(self.region, leaf.nodes[0])
+        node, sizes = self.existing(n), list(leaf.shape)
+        for i in reversed(range(len(idx))):
+            if is_const(idx[i]):
+                node = self.method("select", node, i, idx[i].args[0])
+                del idx[i], sizes[i]
+        if len(idx) == 1 and not isinstance(idx[0], Var) and idx[0].op != "mix":  # a value per expert
+            return self.call(operator.getitem, node, self.matrix(idx[0], columns))
+        if idx and not isinstance(idx[-1], Var) and idx[-1].op != "mix":
+            return self._gather(node, idx, sizes, columns)
+        return self._arranged(node, idx, sizes, columns, e)
+
+    def _gather(self, node: Node, idx: list[Expr], sizes: list[Size], columns: tuple[Var, ...]) -> Node:
+        if _flat(idx[:-1], sizes[:-1]) != list(self.rows):
+            raise Refused("no graph code for a gather by the routing over other rows")
+        if len(sizes) != 2:
+            node = self.method("reshape", node, -1, sizes[-1])
+        return self.call(torch.gather, node, 1, self.matrix(idx[-1], columns))
+
+    def _arranged(self, node: Node, idx: list[Expr], sizes: list[Size], columns: tuple[Var, ...], e: Expr) -> Node:
+        """A tensor indexed by plain variables: permute its dimensions to (rows, columns) and flatten."""
+        mine = _flat(idx, sizes)
+        if not all(isinstance(v, Var) for v in mine) or len(set(mine)) < len(mine):
+            raise Refused(f"no graph code for {show(e)[:80]}")
+        on_rows, rest = [v for v in self.rows if v in mine], [v for v in columns if v in mine]
+        if len(on_rows) not in (0, len(self.rows)) or len(rest) not in (0, len(columns)) or len(on_rows) + len(rest) < len(mine):
+            raise Refused(f"no graph code for {show(e)[:80]}")
+        want = on_rows + rest
+        if mine != want:
+            groups = [_flat([i], [n]) for i, n in zip(idx, sizes)]
+            if any(not set(g) <= set(want) for g in groups):
+                raise Refused(f"no graph code for {show(e)[:80]}")
+            order = sorted(range(len(idx)), key=lambda i: want.index(groups[i][0]))
+            if [v for i in order for v in groups[i]] != want:
+                raise Refused(f"no graph code for {show(e)[:80]}")
+            node = self.method("permute", node, *order)
+            sizes = [sizes[i] for i in order]
+        width = prod(v.size for v in rest)
+        if len(sizes) == 2 and len(on_rows) and sizes[1] == width:
+            return node
+        return self.method("reshape", node, -1 if on_rows else 1, width)
+
+    # ------------------------------------------------------------ parameters
+    def parameter(self, p: Param, order: str) -> tuple[list[Node], str]:
+        """A weight ("i" and "o" digits) or bias ("o" digits) as the stage op takes it: the nodes, and their layout."""
+        nodes = [self.existing(holder(self.region, n)) for n in p.leaf.nodes]
+        letters = order.replace("e", "") if p.listed else order
+        roles = [_role(dim) for dim in p.dims]
+        if sorted(roles) == sorted(letters) and (p.listed or roles[0] == "e"):  # as it stands
+            layout = "".join(roles)
+        else:
+            nodes, layout = [self._as_layout(n, p, letters) for n in nodes], letters
+        return nodes, layout + (f"*{len(nodes)}" if p.listed else "")
+
+    def _as_layout(self, node: Node, p: Param, letters: str) -> Node:
+        """Views only: split merged dimensions, bring them into order, merge those of one role."""
+        roles = ["o" if d.role == "c" else d.role for d in p.digits]
+        sizes = [d.size for d in p.digits]
+        if any(len(dim) != 1 for dim in p.dims):
+            node = self.method("reshape", node, *sizes)
+        perm = [i for c in letters for i, r in enumerate(roles) if r == c]
+        if perm != sorted(perm):
+            node = self.method("permute", node, *perm)
+        if len(perm) != len(letters):
+            node = self.method("reshape", node, *[p.extent("oc" if c == "o" else c) for c in letters])
+        return node
+
+
+def _role(dim: Sequence[Digit]) -> str:
+    """The one role of a parameter's dimension ("c" digits choose among output columns), "?" where it is merged from several."""
+    roles = {"o" if d.role == "c" else d.role for d in dim}
+    return roles.pop() if len(roles) == 1 else "?"
+
+
+def _flat(idx: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
+    """The variables of the flattened index; (i div n, i mod n) over two dimensions is i."""
+    whole = mix(*[x for pair in zip(idx, sizes) for x in pair])
+    return [] if not idx else list(whole.args[::2]) if whole.op == "mix" else [whole]
+
+
+# ---------------------------------------------------------------- which node holds it
+def holder(region: MoERegion, aten: Node) -> Node:
+    """A Dynamo node whose value (when it had just run) is that of an ATen node."""
+    table = _holders(region)
+    if aten in table:
+        return table[aten]
+    raise Refused(f"no node of the user's graph holds {aten.name}")
+
+
+def _holders(region: MoERegion) -> dict[Node, Node]:
+    cached = region.__dict__.get("_holder_table")
+    if cached is None:
+        cached = {}
+        for n in [*region.inputs, *region.nodes]:
+            a = region.trace.at_def.get(n)
+            if isinstance(a, Node):
+                cached.setdefault(a, n)
+        region.__dict__["_holder_table"] = cached
+    return cached
+
+
+def find_node(region: MoERegion, e: Expr, vs: list[Var]) -> Node | None:
+    """A node before the root whose elements, row-major, are e over vs, and that nothing has changed since."""
+    numel, sizes = prod(v.size for v in vs), tuple(v.size for v in vs)
+    key = alpha(e, vs)
+    for n in [*region.inputs, *region.nodes]:
+        t, a = tensor_of(n), region.trace.at_def.get(n)
+        if t is None or not isinstance(a, Node) or n is region.root or region.now.get(n, a) is not a:
+            continue
+        if prod(shape_of(t)) != numel:
+            continue
+        try:
+            value = region.interp.value(a)
+            flat = Value((tuple(value.vars()),), value.expr)
+            flat = flat.refine(0, common(flat.sizes(0), sizes))
+            if flat.sizes(0) == tuple(s for s in sizes if s != 1) and alpha(flat.expr, flat.vars()) == key:
+                return n
+        except Refused:
+            continue
+    return None
+
+
+def size_argument(emitter: Emitter, size: Size, sym: Any) -> Any:
+    """A symbolic extent as a graph value: taken from a tensor that the window reads anyway."""
+    if isinstance(size, int):
+        return size
+    for n in emitter.region.inputs:
+        v = symbolic(n)
+        if isinstance(v, torch.SymInt) and size_of(v) == size:
+            return emitter.existing(n)
+        t = tensor_of(n)
+        if t is not None and size in (shape := shape_of(t)):
+            return emitter.method("size", emitter.existing(n), shape.index(size))
+    raise Refused(f"the extent {sym} of the output is not an extent of any input")
+
+
+__all__ = ["Emitter", "find_node", "holder", "size_argument", "subst"]

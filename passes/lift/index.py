@@ -1,0 +1,196 @@
+"""Index expressions: mixed-radix digits, permutations of a sort, and their ranges.  Each constructor is a lemma or two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .expr import ONE, ZERO, Expr, Order, Refused, Var, const, is_const, raw
+from .sizes import Size, at_most, prod, quotient
+
+BOOL = {"eq", "ne", "lt", "le", "gt", "ge", "not"}
+INDEX = {"var", "idiv", "mod", "mix", "perm", "inv", "coord", "count", "below", "seg", "rows", "size"}
+
+
+def is_bool(e: Expr) -> bool:
+    return e.op in BOOL or (e.op == "const" and e.args[0] in (0, 1)) or (e.op == "mul" and all(map(is_bool, e.args)))
+
+
+def is_int(e: Expr) -> bool:
+    if e.op == "const":
+        return isinstance(e.args[0], int) or float(e.args[0]).is_integer()
+    if e.op == "load":
+        return e.args[0].integer
+    if e.op in ("add", "mul", "sum", "floor", "where"):
+        return all(is_int(a) for a in e.args[(e.op == "sum") :])
+    return e.op in BOOL or e.op in INDEX
+
+
+def bounds(e: Expr) -> tuple[int, Size] | None:
+    """Half-open integer range of an index expression, or None."""
+    if e.op == "const":
+        return (e.args[0], e.args[0] + 1) if isinstance(e.args[0], int) else None
+    if isinstance(e, Var):
+        return (0, e.size) if e.size is not None else None
+    if e.op == "load":
+        return e.args[0].range
+    if e.op == "mix":
+        return (0, prod(e.args[1::2])) if all(inside(d, n) for d, n in pairs(e.args)) else None
+    if e.op in ("perm", "inv"):
+        return (0, prod(e.args[0].sizes))
+    if e.op == "mod":
+        return (0, e.args[1])
+    if e.op == "idiv":
+        return _idiv_bounds(e)
+    if e.op == "coord":
+        return (0, prod(v.size for v in e.args[0].domain.dims[e.args[1]]))
+    if e.op == "seg":
+        return (0, prod(e.args[0].domain.order.sizes))
+    if e.op == "sel":
+        return _hull([bounds(a) for a in e.args[1:]])
+    if e.op == "add":
+        return _sum_bounds([bounds(a) for a in e.args])
+    if is_bool(e):
+        return (0, 2)
+    return None
+
+
+def _idiv_bounds(e: Expr) -> tuple[int, Size] | None:
+    b, n = bounds(e.args[0]), e.args[1]
+    if b is None:
+        return None
+    if isinstance(b[1], int) and isinstance(n, int):
+        return (b[0] // n, (b[1] - 1) // n + 1)
+    q = quotient(b[1], n)
+    return (0, q) if q is not None and b[0] == 0 else None
+
+
+def _hull(bs: list) -> tuple[int, Size] | None:
+    if None in bs or not all(isinstance(b[1], int) for b in bs):
+        return None
+    return (min(b[0] for b in bs), max(b[1] for b in bs))
+
+
+def _sum_bounds(bs: list) -> tuple[int, Size] | None:
+    if None in bs or not all(isinstance(b[1], int) for b in bs):
+        return None
+    return (sum(b[0] for b in bs), sum(b[1] - 1 for b in bs) + 1)
+
+
+def inside(e: Expr, n: Size) -> bool:
+    """Is 0 <= e < n proved?"""
+    b = bounds(e)
+    return b is not None and b[0] >= 0 and at_most(b[1], n)
+
+
+def pairs(args: Sequence) -> list[tuple]:
+    return list(zip(args[::2], args[1::2]))
+
+
+def mix(*args) -> Expr:
+    """Mixed radix number: digit, size, digit, size, ..."""
+    out: list[tuple] = []
+    for d, n in pairs(args):
+        if n == 1:
+            continue
+        if d.op == "mix" and prod(d.args[1::2]) == n:
+            out += pairs(d.args)
+            continue
+        if out and d.op == "mod" and out[-1][0].op == "idiv" and out[-1][0].args == d.args and d.args[1] == n:
+            whole = prod((n, out[-1][1]))
+            if inside(d.args[0], whole):  # (e div n, e mod n) is e again
+                out[-1] = (d.args[0], whole)
+                continue
+        out.append((d, n))
+    if not out:
+        return ZERO
+    if len(out) == 1:
+        return out[0][0]
+    if all(is_const(d) for d, _ in out) and all(isinstance(n, int) for _, n in out):
+        t = 0
+        for d, n in out:
+            t = t * n + d.args[0]
+        return const(t)
+    return raw("mix", *[x for p in out for x in p])
+
+
+def _tail(a: Expr, n: Size) -> int | None:
+    """Position from which the digits of mix `a` make up exactly n."""
+    return next((i for i in range(2, len(a.args), 2) if prod(a.args[i + 1 :: 2]) == n), None)
+
+
+def idiv(a: Expr, n: Size) -> Expr:
+    if n == 1:
+        return a
+    if is_const(a) and isinstance(n, int):
+        return const(int(a.args[0]) // n)
+    if a.op == "mix" and (i := _tail(a, n)) is not None and _digits_fit(a, i):
+        return mix(*a.args[:i])
+    if inside(a, n):
+        return ZERO
+    return raw("idiv", a, n)
+
+
+def mod(a: Expr, n: Size) -> Expr:
+    if n == 1:
+        return ZERO
+    if is_const(a) and isinstance(n, int):
+        return const(int(a.args[0]) % n)
+    if a.op == "mix" and (i := _tail(a, n)) is not None and _digits_fit(a, i):
+        return mix(*a.args[i:])
+    if inside(a, n):
+        return a
+    return raw("mod", a, n)
+
+
+def _digits_fit(a: Expr, i: int) -> bool:
+    """Splitting a mixed-radix number before digit i needs the digits behind to be within their radix."""
+    return all(inside(d, n) for d, n in pairs(a.args[i:]))
+
+
+def digits(e: Expr, sizes: Sequence[Size]) -> list[Expr]:
+    """Digits of index e in the mixed radix `sizes`."""
+    if len(sizes) == 1:
+        return [e]
+    out = []
+    for j, s in enumerate(sizes):
+        n = prod(sizes[j + 1 :])
+        if n is None or s is None:
+            raise Refused("a data-dependent dimension merged with another is indexed")
+        out.append(mod(idiv(e, n), s))
+    return out
+
+
+def perm(order: Order, r: Expr) -> Expr:
+    """Row of the unsorted key that stands at sorted position r."""
+    if r.op == "inv" and r.args[0] is order:
+        return r.args[1]
+    return raw("perm", order, r)
+
+
+def inv(order: Order, s: Expr) -> Expr:
+    """Sorted position of unsorted row s."""
+    if s.op == "perm" and s.args[0] is order:
+        return s.args[1]
+    return raw("inv", order, s)
+
+
+def sel(i: Expr, *parts: Expr) -> Expr:
+    """parts[i]"""
+    if is_const(i):
+        return parts[i.args[0]]
+    return parts[0] if all(p is parts[0] for p in parts) else raw("sel", i, *parts)
+
+
+def count(order: Order, v: Expr) -> Expr:
+    """Number of keys equal to v."""
+    return raw("count", order, v)
+
+
+def below(order: Order, v: Expr) -> Expr:
+    """Number of keys < v (keys are >= 0)."""
+    return ZERO if is_const(v) and v.args[0] <= 0 else raw("below", order, v)
+
+
+__all__ = [
+    "BOOL", "ONE", "below", "bounds", "count", "digits", "idiv", "inside", "inv", "is_bool", "is_int", "mix", "mod", "pairs", "perm", "sel",
+]  # fmt: skip

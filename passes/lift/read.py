@@ -1,0 +1,208 @@
+"""Read the MoE formula off the value of a node: which ids, slots, weights and program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .algebra import mul, refresh
+from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
+from .normal import gather_experts, is_id, leftovers, merge_selects, num_ids, used_ids
+from .program import Builder, Param
+from .sizes import prod, quotient
+from .value import Value
+
+
+@dataclass
+class Formula:
+    """out[rows, feat] = sum over slots of weight * program(x[rows]; ids[rows, slots])  + rest, all as expressions.
+
+    `weight` None: unweighted.  `inner`: the routing weight that the program itself uses as `w`, None if it does not.
+    `summed` False: out[rows, slots, feat], the slots' rows as they are (nobody adds them up, or only later).
+    """
+
+    dims: tuple[tuple[Var, ...], ...]
+    rows: list[Var]
+    slots: list[Var]
+    feat: tuple[Var, ...]
+    ids: Expr
+    weight: Expr | None
+    inner: Expr | None
+    x: Expr
+    x_feat: tuple[Var, ...]
+    program: str
+    weights: list[Param]
+    biases: list[Param]
+    num_experts: int
+    rest: list[Expr] = field(default_factory=list)
+    dtype: Any = None
+    summed: bool = True
+
+    @property
+    def top_k(self) -> int:
+        return prod(v.size for v in self.slots)
+
+    def score(self) -> tuple[bool, bool]:
+        """Prefer the node after the sum over the slots, and after the weighting."""
+        return (self.summed and bool(self.slots)) or is_const(self.ids.args[-1]), self.weight is not None
+
+
+def read(value: Value, dtype: torch.dtype) -> Formula:
+    """Value of a node -> Formula, or Refused with the reason."""
+    value = _split_rows(value)
+    rows = _rows(value)
+    expr, rest = _one_term(value.expr, rows)
+    expr = merge_selects(expr)
+    if bad := leftovers(expr):
+        raise Refused("routing machinery is left in the formula: " + ", ".join(sorted(bad)))
+    expr = _drop_cast(expr, dtype)
+    slots, body = _peel_slots(_push_constants(expr), rows)
+    ids = _selector(body, rows)
+    for strip in (False, True):
+        builder = Builder(rows, slots, ids, strip_casts=strip)
+        try:
+            return _formula(value, builder, _drop_cast(body, dtype), rest, dtype)
+        except Refused as e:
+            if strip or "different inputs" not in str(e):
+                raise
+    raise Refused("the expert's layers read different inputs")
+
+
+def _rows(value: Value) -> list[Var]:
+    return [v for d in value.dims[:-1] for v in d]
+
+
+def _split_rows(value: Value) -> Value:
+    """Rows that are read as (row div n, row mod n) are two variables: a token and a slot."""
+    for x in subexprs(value.expr):
+        if x.op in ("idiv", "mod") and isinstance(x.args[0], Var):
+            for i, d in enumerate(value.dims[:-1]):
+                if d == (x.args[0],) and (q := quotient(d[0].size, x.args[1])) is not None:
+                    return _split_rows(value.refine(i, (q, x.args[1])))
+    return value
+
+
+def _one_term(expr: Expr, rows: list[Var]) -> tuple[Expr, list[Expr]]:
+    """The term that sums over the experts, and the others (a residual, a shared expert, where the accumulator started)."""
+    found, rest = gather_experts(expr)
+    if found is not None:
+        return found, rest
+    ts = terms(expr)
+    mine = [t for t in ts if used_ids(t, rows) or leftovers(t) or _selects(t)]
+    if len(mine) != 1:
+        raise Refused("no sum over experts" if not mine else "several sums over experts are added")
+    return mine[0], [t for t in ts if t is not mine[0]]
+
+
+def _selects(e: Expr) -> bool:
+    return any(x.op in ("sel", "where") and any(is_id(a) for a in subexprs(x)) for x in subexprs(e))
+
+
+def _drop_cast(e: Expr, dtype: torch.dtype) -> Expr:
+    """Rounding each slot's row to the output's dtype before the sum: we sum in float32 and round once."""
+    while e.op == "cast" and (e.args[1] == dtype or e.args[1] == torch.float32):
+        e = e.args[0]
+    if e.op == "mul":  # w * cast(y, float32): the combine widens by itself
+        return mul(*[f.args[0] if f.op == "cast" and f.args[1] == torch.float32 and _matrix(f) else f for f in e.args])
+    return e
+
+
+def _matrix(e: Expr) -> bool:
+    return e.args[0].op == "sum" or (e.args[0].op == "add" and any(t.op == "sum" for t in e.args[0].args))
+
+
+def _push_constants(expr: Expr) -> Expr:
+    """c * sum f  ->  sum c * f"""
+    numbers = [f for f in factors(expr) if is_const(f)]
+    others = [f for f in factors(expr) if not is_const(f)]
+    if not numbers or len(others) != 1 or others[0].op != "sum":
+        return expr
+    v, body = others[0].args
+    return raw("sum", v, _push_constants(mul(*numbers, body)))
+
+
+def _peel_slots(expr: Expr, rows: list[Var]) -> tuple[list[Var], Expr]:
+    """Open the sums over slots: those whose variable the ids depend on."""
+    slots = []
+    while expr.op == "sum":
+        v, inner = refresh(expr)
+        if not any(v in i.free for i in used_ids(inner, rows)):
+            break
+        if not isinstance(v.size, int):
+            raise Refused("a sum over tokens of the experts' outputs")
+        slots.append(v)
+        expr = inner
+    return slots, expr
+
+
+def _selector(body: Expr, rows: list[Var]) -> Expr:
+    """The one routing id by which parameters are selected."""
+    ids = used_ids(body, rows)
+    if len(ids) != 1:
+        raise Refused("experts are selected by several different ids" if ids else "no expert weight is selected by an id")
+    return ids[0]
+
+
+def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torch.dtype) -> Formula:
+    feat = value.dims[-1] if value.dims else ()
+    weight, f = [], []
+    for x in factors(body):
+        (weight if not x.free & set(feat) and not b.has_expert(x) else f).append(x)
+    numbers = [x for x in weight if is_const(x)]
+    if len(numbers) == len(weight):  # no routing weight: a constant factor belongs to the experts
+        f, weight = numbers + f, []
+    text = b.vec(mul(*f), feat)
+    if not b.weights or b.x is None:
+        raise Refused("no linear layer of the selected expert")
+    experts = {p.num_experts for p in b.weights + b.biases}
+    if len(experts) != 1 or not isinstance(n := experts.pop(), int) or n < num_ids(b.ids):
+        raise Refused(f"weights of {sorted(map(str, experts))} experts for ids that run over 0..{num_ids(b.ids) - 1}")
+    _no_capture(b, rest, feat)
+    w = mul(*weight) if weight else None
+    rows, slots = _unsummed(b)
+    return Formula(
+        value.dims,
+        rows,
+        slots,
+        feat,
+        b.ids,
+        w,
+        b.w,
+        b.x[0],
+        b.x[1],
+        text,
+        b.weights,
+        b.biases,
+        n,
+        rest,
+        dtype,
+        not slots or bool(b.slots),
+    )
+
+
+def _unsummed(b: Builder) -> tuple[list[Var], list[Var]]:
+    """Without a sum over slots: trailing row variables that choose among experts for the same token are its slots."""
+    rows, slots = list(b.rows), list(b.slots)
+    assert b.x is not None
+    while not b.slots and len(rows) > 1 and rows[-1] not in b.x[0].free and isinstance(rows[-1].size, int) and rows[-1].size <= 64:
+        slots.insert(0, rows.pop())
+    return rows, slots
+
+
+def _no_capture(b: Builder, rest: list[Expr], feat: tuple[Var, ...]) -> None:
+    """Everything must be a function of the root's own indices."""
+    assert b.x is not None
+    allowed = set(b.rows)
+    if not b.x[0].free <= allowed | set(b.x[1]):
+        raise Refused("the experts' input depends on more than the token")
+    for e in (b.ids, *([b.w] if b.w is not None else [])):
+        if not e.free <= allowed | set(b.slots):
+            raise Refused("the routing depends on more than the token and the slot")
+    for e in rest:
+        if not e.free <= allowed | set(feat) or leftovers(e):
+            raise Refused("a term beside the experts depends on the routing")
+
+
+__all__ = ["ONE", "Formula", "loads", "read"]

@@ -1,0 +1,61 @@
+"""Reading by index: substitution, once the index is proved to be in range."""
+
+from __future__ import annotations
+
+from ..algebra import subst
+from ..expr import ZERO, Refused
+from ..index import digits, inside
+from ..sizes import at_most
+from ..value import Value, broadcast
+from ._base import dim_of, rule
+from .mask import expand_masks
+
+
+@rule("index.Tensor")
+def _index(it, node, x: Value, idx):
+    idx = expand_masks(idx)
+    used = [i for i, v in enumerate(idx) if v is not None]
+    dims, es = broadcast(*[idx[i] for i in used])
+    if {v for d in dims for v in d} & set(x.vars()):
+        x = x.renamed()
+    table: dict = {}
+    for i, e in zip(used, es):
+        if not inside(e, x.extent(i)):
+            raise Refused("a gather by an index whose range is not known")
+        if x.dims[i]:
+            table.update(zip(x.dims[i], digits(e, x.sizes(i))))
+    first = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
+    before = [d for i, d in enumerate(x.dims) if i not in used and i < first]
+    after = [d for i, d in enumerate(x.dims) if i not in used and i >= first]
+    return Value([*before, *dims, *after], subst(x.expr, table))
+
+
+@rule("index_select.default")
+def _index_select(it, node, x: Value, d, idx: Value):
+    return _index(it, node, x, [None] * dim_of(d, len(x.dims)) + [idx])
+
+
+@rule("embedding.default")
+def _embedding(it, node, w: Value, idx: Value, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
+    if it.training and (padding_idx >= 0 or scale_grad_by_freq or sparse):
+        raise Refused("an embedding whose gradient is not that of a gather")
+    return _index(it, node, w, [idx])
+
+
+@rule("gather.default")
+def _gather(it, node, x: Value, d, idx: Value, **k):
+    d = dim_of(d, len(x.dims))
+    for i in range(len(x.dims)):
+        if i != d and None not in idx.sizes(i) + x.sizes(i) and not at_most(idx.extent(i), x.extent(i)):
+            raise Refused("a gather out of range")
+    if set(idx.vars()) & set(x.vars()):
+        idx = idx.renamed()
+    table: dict = {}
+    for i, dim in enumerate(x.dims):
+        if not dim:
+            continue
+        e = idx.expr if i == d else idx.index(i) if idx.dims[i] else ZERO
+        if not (i != d and None in x.sizes(i)) and not inside(e, x.extent(i)):
+            raise Refused("a gather by an index whose range is not known")
+        table.update(zip(dim, digits(e, x.sizes(i))))
+    return Value(idx.dims, subst(x.expr, table))

@@ -1,0 +1,150 @@
+"""From a routing decision to a region that can be replaced: formula, root, and which nodes fall with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .decisions import Decision
+from .decisions import writes_in_place as mutates
+from .lift import Formula, Interp, Refused, fresh_table, opname, read
+from .liveness import Liveness
+from .window import Ambient, Trace, collect, is_size
+
+PATIENCE = 40  # nodes looked at after a region was found: the weighting and the sum over slots may still come
+
+
+@dataclass
+class MoERegion:
+    """The canonical form of one MoE block of a Dynamo graph.
+
+    root: the node after which the block's output stands; target: the tensor that root writes in place, None if root's result is new.
+    code: the window's Dynamo nodes in program order up to root; nodes: those of them that are more than arithmetic on sizes;
+    inputs: what they read from outside.
+    trace, interp: the ATen graph behind them, for emission and liveness.
+    """
+
+    decision: Decision
+    formula: Formula
+    root: Node
+    target: Node | None
+    code: list[Node]
+    inputs: list[Node]
+    trace: Trace
+    interp: Interp
+    root_value: Node
+    now: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [n for n in self.code if not is_size(n)]
+
+    @property
+    def liveness(self) -> Liveness:
+        return Liveness(self.trace, self.nodes, self.inputs, self.now, self.root, self.root_value)
+
+
+# ---------------------------------------------------------------- finding
+class _Search:
+    """Visitor of a trace: reads every candidate value, keeps the best formula."""
+
+    def __init__(self, decision: Decision, others: dict[Node, Decision], training: bool):
+        self.decision, self.others, self.training = decision, others, training
+        self.interp: Interp | None = None
+        self.best: MoERegion | None = None
+        self.patience = PATIENCE
+        self.why = "nothing after this decision sums over experts"
+        self.after: set[Node] = set()
+        self._last: Node | None = None
+
+    def __call__(self, trace: Trace, n: Node) -> bool:
+        if self.interp is None:
+            self._start(trace)
+        assert self.interp is not None
+        self.patience -= self.best is not None
+        if self.patience < 0:
+            return True
+        holder, value = self._candidate(trace, n)
+        if value is None or not self._downstream(value):
+            return False
+        val = value.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and val.dim() >= 2:
+            self._try(trace, n, holder, value, val)
+        return False
+
+    def _start(self, trace: Trace) -> None:
+        facts = {}
+        for n in trace.inputs:
+            if n in self.others and isinstance(trace.at_def[n], Node):
+                facts[trace.at_def[n]] = self.others[n].facts
+        ids = trace.at_def[self.decision.ids]
+        self.interp = Interp(ids, facts, self.training)
+        self.interp.before = {ids}  # everything else before is an input of the trace, a leaf by itself
+        self.after = {ids}
+        self._last = trace.tracer.graph._root.next
+
+    def _candidate(self, trace: Trace, n: Node) -> tuple[Node | None, Node | None]:
+        """(the tensor written in place or None, the ATen node of the value)."""
+        if mutates(n) and n.args and isinstance(n.args[0], Node):
+            target = n.args[0]
+            now = trace.now(target)
+            return target, now if isinstance(now, Node) else None
+        return None, trace.node_of(n)
+
+    def _downstream(self, a: Node) -> bool:
+        """Does the value depend on the routing decision?  Extends the set over the ATen nodes made since the last question."""
+        assert self._last is not None
+        n = self._last.next
+        while n.op != "root":
+            if any(x in self.after for x in n.all_input_nodes):
+                self.after.add(n)
+            self._last, n = n, n.next
+        return a in self.after
+
+    def _try(self, trace: Trace, n: Node, target: Node | None, value: Node, val: torch.Tensor) -> None:
+        assert self.interp is not None
+        try:
+            formula = read(self.interp.value(value), val.dtype)
+        except Refused as e:
+            if str(e) not in ("no sum over experts", "no expert weight is selected by an id"):
+                self.why = f"{n.name}: {e}"
+            return
+        if self.best is None or formula.score() > self.best.formula.score():
+            self.best = self._region(trace, n, target, value, formula)
+            self.patience = PATIENCE
+
+    def _region(self, trace: Trace, n: Node, target: Node | None, value: Node, formula: Formula) -> MoERegion:
+        assert self.interp is not None
+        device = value.meta["val"].device.type
+        trace.autocast_at_root = device if torch.is_autocast_enabled(device) else None
+        now = {m: a for m in [*trace.inputs, *trace.ran] if isinstance(a := trace.now(m), Node)}
+        return MoERegion(self.decision, formula, n, target, list(trace.ran), list(trace.inputs), trace, self.interp, value, now)
+
+    def reasons(self) -> list[str]:
+        it = self.interp
+        return [] if it is None else [f"{a.name} ({opname(a)}): {r}" for a, r in it.reasons.items() if a in self.after]
+
+
+def find_region(
+    gm: GraphModule,
+    decision: Decision,
+    others: dict[Node, Decision],
+    until: Node | None,
+    ambient: Ambient,
+    training: bool,
+) -> MoERegion:
+    """Lift what follows one routing decision.  Raises Refused with the reason why it is no MoE block that we can replace."""
+    first = decision.ids.next
+    nodes, inputs = collect(first, until)
+    if decision.ids not in inputs:
+        raise Refused("the chosen ids are not used")
+    search = _Search(decision, others, training)
+    Trace(gm, nodes, inputs, ambient).run(search)
+    if search.best is None:
+        raise Refused("; ".join([search.why, *search.reasons()[:2]]))
+    return search.best
+
+
+__all__ = ["MoERegion", "find_region", "fresh_table"]

@@ -1,0 +1,191 @@
+"""Drives the passes: every routing decision of a graph, one after the other, all or nothing each."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+import moe_compile.ops  # noqa: F401  (registers the stage ops)
+from moe_compile.options import Options
+from moe_compile.report import GraphReport, RegionReport
+
+from .decisions import Decision, decisions, feeds, tensor_of
+from .lift import Refused, fresh_table
+from .liveness import Remap
+from .region import MoERegion, find_region
+from .reuse import Recorded, first_match
+from .rewrite import splice, weight_layouts
+from .select import Choice, choose, problem_of
+from .standalone import extract
+from .validate import Mismatch, validate
+from .window import ambients, is_size
+
+log = logging.getLogger("moe_compile")
+
+
+class _Clock:
+    """Seconds spent in each pass."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(gm: GraphModule, options: Options) -> GraphReport:
+    """Rewrite the MoE blocks of a graph from Dynamo in place; what is not understood stays as it was, with the reason in the report."""
+    clock = _Clock()
+    report = GraphReport(nodes_before=_count(gm))
+    training = torch.is_grad_enabled() and _any_grad(gm)
+    with fresh_table():
+        for part in _parts(gm):
+            report.regions += _Part(part, options, training, clock).run()
+    gm.recompile()
+    report.nodes_after, report.seconds = _count(gm), clock.seconds
+    return report
+
+
+def _parts(gm: GraphModule) -> list[GraphModule]:
+    """The graph and the bodies of its higher-order ops (activation checkpointing)."""
+    return [m for m in gm.modules() if isinstance(m, GraphModule)]
+
+
+def _count(gm: GraphModule) -> int:
+    return sum(1 for part in _parts(gm) for n in part.graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def _any_grad(gm: GraphModule) -> bool:
+    found = (tensor_of(n) for part in _parts(gm) for n in part.graph.nodes if n.op in ("placeholder", "get_attr"))
+    return any(t is not None and t.requires_grad for t in found)
+
+
+class _Part:
+    """One graph: its decisions, the state in force at each, and the regions lifted so far."""
+
+    def __init__(self, gm: GraphModule, options: Options, training: bool, clock: _Clock):
+        self.gm, self.options, self.training, self.clock = gm, options, training, clock
+        with clock("decisions"):
+            self.decisions = decisions(gm.graph)
+            self.table = {d.ids: d for d in self.decisions}
+            self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
+        self.known: list[_Lifted] = []
+
+    def run(self) -> list[RegionReport]:
+        entries = []
+        for d, nxt in zip(self.decisions, [*self.decisions[1:], None]):
+            start = time.perf_counter()
+            entry = self._one(d, nxt.source if nxt else None)
+            entry.seconds = time.perf_counter() - start
+            if entry.rewritten or nxt is None or not feeds(d, nxt):
+                entries.append(entry)
+        if any(e.rewritten for e in entries):
+            _drop_sizes(self.gm)
+            self.gm.graph.lint()
+            self.gm.recompile()
+        return entries
+
+    def _one(self, d: Decision, until: Node | None) -> RegionReport:
+        entry = RegionReport(rewritten=False, where=_where(d.ids), module=_module(d.ids))
+        try:
+            with self.clock("lift"):
+                again = first_match([k.recorded for k in self.known], d, self.ambient[d.ids], self.table)
+            if again is not None:
+                self._repeat(entry, *again)
+            else:
+                self._lift(entry, d, until)
+        except (Refused, Mismatch, LookupError) as e:
+            entry.reason = str(e)
+        except Exception as e:  # the user's model must run whatever we trip over; the reason is reported, and the graph is untouched
+            log.debug("internal error at %s", entry.where, exc_info=True)
+            entry.reason = f"internal error ({type(e).__name__}: {e}); please report it"
+        return entry
+
+    def _lift(self, entry: RegionReport, d: Decision, until: Node | None) -> None:
+        with self.clock("lift"):
+            region = find_region(self.gm, d, self.table, until, self.ambient[d.ids], self.training)
+        _describe(entry, region)
+        with self.clock("select"):
+            choice = choose(problem_of(region, weight_layouts(region), self.options.quant, self.training))
+        entry.providers, entry.losers = choice.providers, choice.losers
+        if self.options.validate != "off":
+            with self.clock("validate"):
+                entry.validation = self._validate(region, choice)
+        lifted = _Lifted(Recorded(region, self.ambient[d.ids], self.table), choice, entry)
+        self._splice(entry, lifted, lambda n: n)
+        self.known.append(lifted)
+
+    def _repeat(self, entry: RegionReport, recorded: Recorded, nodes: dict[Node, Node]) -> None:
+        """The same code again: what was found and checked for it holds here."""
+        lifted = next(k for k in self.known if k.recorded is recorded)
+        first = lifted.entry
+        _describe(entry, recorded.region)
+        entry.providers, entry.losers = first.providers, first.losers
+        entry.validation = f"the same code as {first.module or first.where}" if first.validation else None
+        self._splice(entry, lifted, lambda n: n if is_size(n) else nodes[n])
+
+    def _validate(self, region: MoERegion, choice: Choice) -> str:
+        old, _ = extract(self.gm, region)
+        new, copy = extract(self.gm, region)
+        splice(new.graph, region, choice.providers, self.options.quant, lambda n: copy[n])
+        new.graph.lint()
+        new.recompile()
+        return validate(region, old, new, self.table, self.training)
+
+    def _splice(self, entry: RegionReport, lifted: _Lifted, at: Remap) -> None:
+        with self.clock("rewrite"):
+            done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, self.options.quant, at)
+        entry.rewritten, entry.nodes_before, entry.nodes_after = True, done.removed, len(done.added)
+
+
+def _drop_sizes(gm: GraphModule) -> None:
+    """Sizes that only removed code has used."""
+    for n in reversed(list(gm.graph.nodes)):
+        if n.op in ("call_function", "call_method") and not n.users and is_size(n):
+            gm.graph.erase_node(n)
+
+
+@dataclass(frozen=True)
+class _Lifted:
+    """A region that was rewritten once, for the layers that are the same."""
+
+    recorded: Recorded
+    choice: Choice
+    entry: RegionReport
+
+
+def _describe(entry: RegionReport, region: MoERegion) -> None:
+    f = region.formula
+    weight = {None: ""}.get(f.weight, "w[t,k] * ")
+    rest = " + what stood in the accumulator" if f.rest else ""
+    entry.formula = f"out[t] = sum_k {weight}f(x[t]; ids[t,k]){rest},  f(x) = {f.program}"
+    entry.num_experts, entry.top_k = f.num_experts, f.top_k
+
+
+def _where(n: Node) -> str:
+    """ "file:line" of the user's code that made the node."""
+    trace = n.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return ""
+    file, line = lines[-1].split(",")[:2]
+    return f"{file.removeprefix('File ').strip().strip(chr(34))}:{line.replace('line', '').strip()}"
+
+
+def _module(n: Node) -> str | None:
+    stack = n.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix("L['self'].").removeprefix("L['self']") or None

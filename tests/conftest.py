@@ -1,0 +1,52 @@
+"""Which tests run where, and a clean compiler for each."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+NEEDS = {
+    "gpu": lambda: __import__("torch").cuda.is_available(),
+    "inductor": lambda: _has_cpp_compiler(),
+    "style": lambda: all(importlib.util.find_spec(tool) for tool in ("ruff", "mypy")),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what this machine cannot run (it is counted as deselected, not as skipped)."""
+    kept, dropped = [], []
+    for item in items:
+        missing = [mark for mark in NEEDS if item.get_closest_marker(mark) and not _has(mark)]
+        (dropped if missing else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@functools.cache
+def _has(mark: str) -> bool:
+    return NEEDS[mark]()
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Dynamo without compiled code from earlier tests, and a compiler that tells everything again."""
+    import torch
+
+    from moe_compile import logs
+
+    torch._dynamo.reset()
+    logs.forget()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,61 @@
+"""What is expected of each style and model: one graph and rewritten, but for what is written down here."""
+
+from __future__ import annotations
+
+# name -> graphs that Dynamo makes of it with the capture flags, or what it raises.  Not here: one graph.
+STYLE_GRAPHS: dict[str, int | str] = {
+    "hf_mixtral_457_hit": 3,
+    "hf_qwen3next_457_shared_hit": 4,
+    "hf_jamba_457": 2,
+    "hf_mixtral_436_list": 2,
+    "hf_dsv3_457_moe": 4,
+    "ds_v3_repo_bincount": "GuardOnDataDependentSymNode",
+    "hf_dsv2_457_argsort": 4,
+    "ds_remote_moe_infer_numpy": 4,
+    "hf_gptoss_457_loop": 3,
+    "hf_gptoss_517_loop": 3,
+    "gptfast_aoquant_disable": 2,
+    "lucidrains_moe_top2": 6,
+    "hf_switch_457": "GuardOnDataDependentSymNode",
+    "makemoe_any_mask": 0,
+    "makemoe_capacity": 0,
+    "tf5_eager_hit": 5,
+    "argsort_bincount_split": "GuardOnDataDependentSymNode",
+    "offsets_by_comparison": 3,
+}
+
+# One graph, but not this formula or beyond the calculus: name -> what the reason says.
+STYLE_REFUSED: dict[str, str] = {
+    "deepspeed_top1_einsum": "",
+    "nanomoe_capacity_matmul": "",
+    "blog_per_token_loop": "",
+    "expert_choice": "",
+    "hf_doge_cdmoe": "",
+    "expert_norm_inside": "",
+}
+
+# Regions of one style, where it is not one.
+STYLE_REGIONS: dict[str, int] = {
+    "outside_two_layers": 2,
+    "outside_two_routers_one_pool": 2,
+    "gather_chunked_tokens": 2,
+}
+
+ZOO_SAMPLE = [
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "olmoe",
+    "qwen2_moe",
+    "deepseek_v2",
+    "llama4_text",
+    "granitemoe",
+    "dbrx",
+    "phimoe",
+    "nemotron_h",
+    "aria_text",
+]
+
+# model -> (MoE blocks that stay as they are, a part of the report that says why).
+ZOO_REFUSED: dict[str, tuple[int, str]] = {}

@@ -1,0 +1,71 @@
+"""Every mutant, compiled and judged: python tests/mutations/table.py [--family NAME] [--mutation NAME]
+
+Prints one row a mutation and one column a style (R rewritten as itself, - refused, W wrong, C crash, blank
+does not apply), then the counts and what went wrong.  Exit status 1 if anything did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mutations.catalogue import FAMILIES, mutants
+from mutations.judge import Verdict, judge
+
+LETTER = {"rewritten": "R", "refused": "-", "WRONG": "W", "CRASH": "C"}
+
+
+def verdicts(families: list[str], only: list[str], validate: str) -> list[Verdict]:
+    found = []
+    for family, mutation in [(f, None) for f in FAMILIES] + list(mutants()):
+        if family in families and (not only or mutation in only):
+            found.append(judge(family, mutation, validate))
+            print(f"\r{len(found)} {found[-1].name:50s} {found[-1].status}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found
+
+
+def table(found: list[Verdict]) -> str:
+    families = [f for f in FAMILIES if any(v.family == f for v in found)]
+    cells = {(v.family, v.mutation): LETTER[v.status] for v in found}
+    rows = list(dict.fromkeys(v.mutation for v in found))
+    lines = [f"{'':24s}" + " ".join(f"{f[:13]:13s}" for f in families)]
+    for m in rows:
+        lines.append(f"{m or 'original':24s}" + " ".join(f"{cells.get((f, m), ''):13s}" for f in families))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(found: list[Verdict]) -> str:
+    changed = [v for v in found if v.mutation is not None]
+    counts = Counter(v.status for v in changed)
+    text = ", ".join(f"{counts[s]} {s}" for s in LETTER)
+    lines = [f"{len(changed)} mutants of {len({v.family for v in found})} styles: {text}"]
+    for v in found:
+        if v.status in ("WRONG", "CRASH"):
+            lines.append(f"{v.status} {v.name}: error {v.error:.1e} in {v.of} {v.reason}")
+    quiet = [v.name for v in found if v.none_grads]
+    if quiet:
+        lines.append(f"gradient None on one side only ({len(quiet)}): {', '.join(quiet[:20])}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", action="append", choices=list(FAMILIES))
+    parser.add_argument("--mutation", action="append", default=[])
+    parser.add_argument("--validate", default="auto", choices=["auto", "always", "off"])
+    parser.add_argument("--reasons", action="store_true", help="also print why each refused mutant was refused")
+    args = parser.parse_args()
+    found = verdicts(args.family or list(FAMILIES), args.mutation, args.validate)
+    print(table(found), summary(found), sep="\n\n")
+    if args.reasons:
+        print("\n".join(f"{v.name}: {v.reason}" for v in found if v.status == "refused"))
+    return int(any(v.status in ("WRONG", "CRASH") for v in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
