@@ -108,10 +108,8 @@ def show(console: Console, name: str, result: Result) -> None:
     }
     for what, text in rows.items():
         console.print(f"  [cyan]{what:11s}[/]{escape(text)}")
-    for region in result.report.refused:
-        console.print(f"  [red]left as it was[/] {escape(str(region))}")
-    if regions:
-        console.print(escape(str(regions[0]).replace("\n", "\n  ")).join(["  ", ""]), highlight=False)
+    for region in [region for region in regions if not region.rewritten] or regions[:1]:
+        console.print(escape("  " + str(region).replace("\n", "\n  ")), highlight=False)
 
 
 def show_diff(console: Console, report: RewriteReport) -> None:
@@ -137,6 +135,8 @@ def main() -> int:
     names, inner = arguments.models.split(","), compilers(arguments.inner)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"torch {torch.__version__} on {arguments.device}, {torch.get_num_threads()} threads, inner {inner}")
+    # Inductor's first compilation in a machine builds a header that later ones share: not to any model's account.
+    torch.compile(lambda x: x.relu() * 2, backend=inner)(torch.ones(8, device=arguments.device))
     results = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -45,6 +45,8 @@ for path in sys.path:
     if path.endswith(("site-packages", "dist-packages")):
         print(f"import site; site.addsitedir({path!r})")
 PYTHON
+    # An old setuptools that came with this environment would hide the machine's own.
+    "$python" -m pip uninstall --quiet --yes setuptools 2>/dev/null
     "$python" -m pip install --quiet --retries 1 --no-build-isolation -e "$root[$1]" || {
         echo "Not all of the extra '$1' could be installed; going on with what this machine has"
         "$python" -m pip install --quiet --no-build-isolation --no-deps -e "$root"

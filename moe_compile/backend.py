@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import Graph, GraphModule
 
 from moe_compile import inner
@@ -69,8 +70,7 @@ class Backend:
         started = time.perf_counter()
         original = _Snapshot(gm)
         graph_report = self._rewrite(gm, original)
-        if not self.patient:
-            _reconsider_flags(gm, graph_report)
+        _reconsider_flags(gm, graph_report, self.patient)
         compiled = self._compile(gm, example_inputs, original, graph_report)
         _tell(graph_report)
         if self.report is not None:
@@ -84,6 +84,8 @@ class Backend:
         drawing = _Drawing(gm, wanted=self.report is not None or tlparse_listens())
         try:
             report = passes.run(gm, self.options)
+        except RestartAnalysis:  # how AOTAutograd and fake tensors ask Dynamo to trace the frame once more
+            raise
         except Exception as error:  # noqa: BLE001  a defect of ours must never cost the user the model
             original.restore()
             report = GraphReport(notes=[f"the passes failed with {_text(error)}; the graph was left as it was"])
@@ -92,12 +94,12 @@ class Backend:
         drawing.finish(report)
         return report
 
-    def _compile(
-        self, gm: GraphModule, example_inputs: Sequence[Any], original: _Snapshot, report: GraphReport
-    ) -> Callable[..., Any]:
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any], original: _Snapshot, report: GraphReport) -> Callable[..., Any]:
         """Hand over to the inner compiler; if it fails on what we wrote, hand over the graph as it was."""
         try:
             return inner.compile_graph(gm, example_inputs, self.options, self.name)
+        except RestartAnalysis:
+            raise
         except Exception as error:
             if not any(region.rewritten for region in report.regions):
                 raise
@@ -181,17 +183,20 @@ class _Drawing:
         artifact("moe_compile_report", lambda: str(report))
 
 
-def _reconsider_flags(gm: GraphModule, report: GraphReport) -> None:
+def _reconsider_flags(gm: GraphModule, report: GraphReport, patient: bool) -> None:
     """Give up a graph that only the capture flags made possible and in which nothing was rewritten.
 
     Sizes that only the data tells are slow at best in such a graph, and some compilers fail on them, in the backward
-    pass even after the forward pass has compiled. Raises NothingRewritten, which brings the frame back without flags.
+    pass even after the forward pass has compiled. Raises NothingRewritten, which brings the frame back without flags;
+    if `patient`, only notes that this would happen.
     """
-    if not flags_active() or any(region.rewritten for region in report.regions):
+    if not flags_active() or not data_dependent(gm) or any(region.rewritten for region in report.regions):
         return
-    if data_dependent(gm):
-        reasons = "; ".join(dict.fromkeys(region.reason for region in report.regions if region.reason))
-        raise NothingRewritten(f"no MoE block was rewritten ({reasons or 'none was found'})")
+    reasons = "; ".join(dict.fromkeys(region.reason for region in report.regions if region.reason))
+    why = f"no MoE block was rewritten ({reasons or 'none was found'})"
+    if not patient:
+        raise NothingRewritten(why)
+    report.notes.append(f"moe_compile.compile captures this frame again without Dynamo's capture flags: {why}")
 
 
 def _tell(report: GraphReport) -> None:
@@ -200,9 +205,6 @@ def _tell(report: GraphReport) -> None:
             log.info("%s: MoE block rewritten: %s", region.where, region.formula)
         else:
             reason = (region.reason or "no reason was given").splitlines()[0].rstrip(".")
-            warn_once(
-                f"{region.where}: MoE block left as it was: {reason}. "
-                "moe_compile.explain(model)(*inputs) shows the whole picture."
-            )
+            warn_once(f"{region.where}: MoE block left as it was: {reason}. moe_compile.explain(model)(*inputs) shows the whole picture.")
     if not report.regions:
         log.info("a graph of %d nodes holds no routing decision; it was left as it was", report.nodes_before)

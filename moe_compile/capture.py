@@ -10,6 +10,7 @@ frame whose conversion raises is converted again without them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,7 +50,7 @@ class WithCaptureFlags:
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         undo = self._report.checkpoint() if self._report is not None else None
         try:
-            with _Flags():
+            with _flags_on():
                 return self._callback(frame, *args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever it is, it may be the flags' doing: the second try decides
             note = _why_without(frame, error)
@@ -65,24 +66,24 @@ class WithCaptureFlags:
         return getattr(self._callback, name)
 
 
-class _Flags:
-    """Dynamo's configuration with the flags on, and `flags_active()` true."""
+@contextlib.contextmanager
+def _flags_on() -> Iterator[None]:
+    """Dynamo's configuration with the flags on, and `flags_active()` true, while no other thread compiles."""
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import compile_lock
 
-    def __enter__(self) -> None:
-        from torch._dynamo import config
-
-        self._patch = config.patch({flag: True for flag in FLAGS if hasattr(config, flag)})
-        self._patch.__enter__()
-        _active.depth = getattr(_active, "depth", 0) + 1
-
-    def __exit__(self, *error: Any) -> None:
+    _active.depth = getattr(_active, "depth", 0) + 1
+    try:
+        with compile_lock, config.patch({flag: True for flag in FLAGS if hasattr(config, flag)}):
+            yield
+    finally:
         _active.depth -= 1
-        self._patch.__exit__(*error)
 
 
 def data_dependent(gm: GraphModule) -> bool:
     """Whether a size or a number in the graph is known only when it runs (`nonzero`, `.item()`)."""
-    return any(node.meta.get("unbacked_bindings") for node in gm.graph.nodes)
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    return any(node.meta.get("unbacked_bindings") for graph in graphs for node in graph.nodes)
 
 
 def _why_without(frame: Any, error: Exception) -> str:

@@ -10,9 +10,7 @@ from torch.fx import GraphModule
 from moe_compile.options import Options
 
 
-def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, name: str | None = None
-) -> Callable[..., Any]:
+def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: Options, name: str | None = None) -> Callable[..., Any]:
     """Compile Dynamo's graph with options.inner; returns the callable that Dynamo puts in the graph's place."""
     if options.inner == "inductor":
         from moe_compile import inductor

@@ -37,9 +37,7 @@ def moe(module: Any = None, /, **compile_kwargs: Any) -> Any:
     if not issubclass(cls, nn.Module):
         raise TypeError(f"moe_compile.moe takes an nn.Module class or instance, not {module!r}")
     if cls.__module__.partition(".")[0] == "torch":
-        raise TypeError(
-            f"moe_compile.moe does not change torch's own {cls.__name__}; wrap it in a module class of yours"
-        )
+        raise TypeError(f"moe_compile.moe does not change torch's own {cls.__name__}; wrap it in a module class of yours")
     _replace_forward(cls, compile_kwargs)
     setattr(module, _MARK, True)
     return module
@@ -50,9 +48,7 @@ def _replace_forward(cls: Any, compile_kwargs: dict[str, Any]) -> None:
     if settings is None:
         cls.forward = _region_forward(cls.forward, compile_kwargs)
     elif settings != compile_kwargs:
-        raise ValueError(
-            f"{cls.__name__} was already marked with {settings or 'no options'}, now with {compile_kwargs}"
-        )
+        raise ValueError(f"{cls.__name__} was already marked with {settings or 'no options'}, now with {compile_kwargs}")
 
 
 def _region_forward(original: Callable[..., Any], compile_kwargs: dict[str, Any]) -> Callable[..., Any]:

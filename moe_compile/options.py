@@ -74,9 +74,7 @@ def split_report(options: Mapping[str, Any] | None) -> tuple[dict[str, Any], Any
 
 def _check_inner(inner: Any) -> None:
     if not isinstance(inner, str) and not callable(inner):
-        raise TypeError(
-            f"inner is {inner!r}; give a Dynamo backend's name or a callable (graph module, inputs) -> callable"
-        )
+        raise TypeError(f"inner is {inner!r}; give a Dynamo backend's name or a callable (graph module, inputs) -> callable")
     if inner == "moe_compile":
         raise ValueError('inner="moe_compile" would call itself; name the compiler behind it, for example "inductor"')
 

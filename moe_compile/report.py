@@ -140,8 +140,7 @@ class RewriteReport:
         """The report that `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
         graphs = [
-            GraphReport(**{**graph, "regions": [RegionReport(**region) for region in graph["regions"]]})
-            for graph in fields.pop("graphs")
+            GraphReport(**{**graph, "regions": [RegionReport(**region) for region in graph["regions"]]}) for graph in fields.pop("graphs")
         ]
         return cls(graphs=graphs, **fields)
 
@@ -149,8 +148,7 @@ class RewriteReport:
         found, done = len(self.regions), len(self.rewritten)
         parts = [
             f"MoE blocks: {found} found, {done} rewritten, {found - done} left as they were",
-            f"graphs: {len(self.graphs)}, graph breaks: {len(self.graph_breaks)}, "
-            f"compiled in {self.compile_seconds:.2f} s",
+            f"graphs: {len(self.graphs)}, graph breaks: {len(self.graph_breaks)}, compiled in {self.compile_seconds:.2f} s",
             *(f"note: {note}" for note in self.notes),
             *map(str, self.graphs),
             *(f"graph break: {text}" for text in self.graph_breaks),

@@ -16,7 +16,7 @@ from . import combine, comm_local, experts, experts_cpu, experts_reference, quan
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
-OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.BACKWARD_OP, combine.OP)
+OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP)
 
 
 def source_hash() -> str:

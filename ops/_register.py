@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,27 +12,22 @@ from torch.library import Library
 NAMESPACE = "moe_compile"
 
 
+@dataclasses.dataclass(frozen=True)
 class Op:
-    """One registered op: what torch.ops calls, and what tests and benchmarks need beside it.
+    """One registered op: what torch.ops calls.
 
-    name: the op's name in torch.ops.moe_compile; schema: its full schema text.
-    kernel, fake, backward, setup_context: as torch.library takes them; backward None means "raises when differentiated".
+    name: its name in torch.ops.moe_compile; schema: its full schema text; kernel, fake: as torch.library takes them.
+    backward, setup_context: as torch.library.register_autograd takes them; backward None raises when differentiated.
+    autograd: instead of those two, the whole kernel of the Autograd key.
     """
 
-    def __init__(
-        self,
-        schema: str,
-        kernel: Callable[..., Any],
-        fake: Callable[..., Any],
-        backward: Callable[..., Any] | None = None,
-        setup_context: Callable[..., None] | None = None,
-    ) -> None:
-        self.schema = schema
-        self.name = schema[: schema.index("(")]
-        self.kernel = kernel
-        self.fake = fake
-        self.backward = backward or _no_backward(self.name)
-        self.setup_context = setup_context
+    name: str
+    schema: str
+    kernel: Callable[..., Any]
+    fake: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    setup_context: Callable[..., None] | None = None
+    autograd: Callable[..., Any] | None = None
 
     @property
     def overload(self) -> Any:
@@ -45,46 +41,62 @@ def register_op(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
+    autograd: Callable[..., Any] | None = None,
 ) -> Op:
     """Registers a functional op, or replaces the implementation of one registered with the same schema.
 
-    torch keeps the first registration when a module is imported twice (a reload, a second copy on sys.path) and says
-    nothing. So torch gets trampolines that look the op up in a table owned by torch.ops.moe_compile, and a second
-    registration replaces the table's entry: compiled graphs go on working, and call the new code.
+    torch keeps the first registration when a module is imported twice (a reload, a second copy on sys.path) and
+    says nothing. So torch gets trampolines that look the op up in a table owned by torch.ops.moe_compile, and a
+    second registration replaces the table's entry: compiled graphs go on working, and call the new code.
 
     Raises RuntimeError if the name is registered with another schema.
     """
-    op = Op(schema, kernel, fake, backward, setup_context)
+    op = Op(schema[: schema.index("(")], schema, kernel, fake, backward, setup_context, autograd)
     table = _table()
     old = table.get(op.name)
     if old is not None and old[0].schema != schema:
         raise RuntimeError(
-            f"{NAMESPACE}::{op.name} is already registered with another schema: {old[0].schema!r}, now {schema!r}. "
+            f"{NAMESPACE}::{op.name} is already registered as {old[0].schema!r}, now as {schema!r}. "
             "Two versions of moe_compile are imported in one process; start a new one."
         )
     # The Library must live as long as the process: torch unregisters the op when it is collected.
-    table[op.name] = (op, old[1] if old is not None else _define(op.name, schema))
+    table[op.name] = (op, old[1] if old is not None else _define(op))
     return op
 
 
 def _table() -> dict[str, tuple[Op, Library]]:
-    """Ops by name, stored on torch's own namespace object so that a second import of this module finds it."""
-    table: dict[str, tuple[Op, Library]] = vars(getattr(torch.ops, NAMESPACE)).setdefault("_moe_compile_ops", {})
+    """Ops by name, on torch's own namespace object so that a second import of this module finds them."""
+    namespace = vars(getattr(torch.ops, NAMESPACE))
+    table: dict[str, tuple[Op, Library]] = namespace.setdefault("_moe_compile_ops", {})
     return table
 
 
-def _define(name: str, schema: str) -> Library:
-    """Library.define/impl and not custom_op: half the cost of a call (benchmarks/notes.md)."""
-    table = _table()
+def _define(op: Op) -> Library:
+    """Library.define and impl, not custom_op: 8 us a call where that takes 20 (benchmarks/notes.md)."""
+    name, table = op.name, _table()
     library = Library(NAMESPACE, "FRAGMENT")
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def kernel(*args: Any) -> Any:
-        if _autocast_is_on():
+        if torch._C._is_any_autocast_enabled():
             # Casts are part of an op's program; the region's autocast must not be applied a second time.
             with torch._C._DisableAutocast():
                 return table[name][0].kernel(*args)
         return table[name][0].kernel(*args)
+
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library
+    )
+    if op.autograd is not None:
+        library.impl(name, lambda *args: table[name][0].autograd(*args), "Autograd")
+    else:
+        _define_backward(name, library)
+    return library
+
+
+def _define_backward(name: str, library: Library) -> None:
+    table = _table()
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup = table[name][0].setup_context
@@ -92,24 +104,14 @@ def _define(name: str, schema: str) -> Library:
             setup(ctx, inputs, output)
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        return table[name][0].backward(ctx, *grads)
+        found = table[name][0].backward
+        if found is None:
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} has no derivative (double backward through the experts is not supported); "
+                "run this part of the model in eager mode."
+            )
+        return found(ctx, *grads)
 
-    qualified = f"{NAMESPACE}::{name}"
-    library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, lambda *args: table[name][0].fake(*args), lib=library)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
-    return library
-
-
-def _autocast_is_on() -> bool:
-    return bool(torch._C._is_any_autocast_enabled())
-
-
-def _no_backward(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"{NAMESPACE}::{name} has no derivative (double backward through the experts is not supported); "
-            "compute it in eager mode, without backend='moe_compile'."
-        )
-
-    return backward
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
+    )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .functions import FUNCTIONS
+from .infer import Value
 from .program import Program, Step
 
 
 class Reads(NamedTuple):
-    """What a forward evaluation reads: x [R, H], w [R, 1] or None, mm(j, rows) -> rows, bias(j) -> [out] or rows."""
+    """What a forward evaluation reads.
 
-    x: Any
-    w: Any
+    x() -> [R, H]; w() -> [R, 1]; mm(step, rows) -> rows, where rows is None if the step is kept from the forward;
+    bias(j) -> [out] or rows.
+    """
+
+    x: Callable[[], Any]
+    w: Callable[[], Any]
     mm: Callable[[int, Any], Any]
     bias: Callable[[int], Any]
 
@@ -21,8 +27,8 @@ class Reads(NamedTuple):
 class Adjoints(NamedTuple):
     """What a reverse evaluation writes.
 
-    mm(j, rows, grad, wanted) adds to weight j's gradient and returns the gradient of rows (None if not wanted);
-    bias(j, grad) adds to bias j's gradient.
+    mm(j, rows, grad, wanted) adds to weight j's gradient if it needs one (rows is None if not) and returns the
+    gradient of rows if wanted; bias(j, grad) adds to bias j's gradient.
     """
 
     mm: Callable[[int, Any, Any, bool], Any]
@@ -30,35 +36,54 @@ class Adjoints(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which inputs want a gradient: x, w, weight j, bias j."""
+    """Which inputs want a gradient: x, w, and each weight and bias."""
 
     x: bool
     w: bool
-    weight: Callable[[int], bool]
-    bias: Callable[[int], bool]
+    weights: tuple[bool, ...] = ()
+    biases: tuple[bool, ...] = ()
 
 
-def evaluate(program: Program, reads: Reads) -> list[Any]:
-    """The value of every step, in order; the last one is the result [R, O] (or something that broadcasts to it)."""
+class Plan(NamedTuple):
+    """What a reverse evaluation touches: steps that a needed gradient flows through, and steps whose value it reads."""
+
+    active: tuple[bool, ...]
+    wanted: frozenset[int]
+    kept: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def reverse_plan(program: Program, needs: Needs, keep: bool) -> Plan:
+    """The plan of a program's reverse; with keep, the values of its products come from the forward (kept)."""
+    active = _active_steps(program, needs)
+    direct = _read_in_reverse(program, needs, active)
+    kept = {index for index in _with_arguments(program, direct, set()) if program.steps[index].op == "mm"}
+    wanted = _with_arguments(program, direct, kept if keep else set())
+    return Plan(tuple(active), frozenset(wanted), tuple(sorted(kept & wanted)) if keep else ())
+
+
+def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[Any]:
+    """The value of every step in order, the last one is the result; with a plan only of those it wants, else None."""
     values: list[Any] = []
-    for step in program.steps:
-        values.append(_value(step, [values[arg] for arg in step.args], reads))
+    for index, step in enumerate(program.steps):
+        skip = plan is not None and index not in plan.wanted
+        values.append(None if skip else _value(index, step, [values[arg] for arg in step.args], reads))
     return values
 
 
-def reverse(program: Program, values: list[Any], grad: Any, needs: Needs, adjoints: Adjoints) -> tuple[Any, Any]:
-    """Gradients of x [R, H] and w [R, 1] (None where not needed or zero), from evaluate's values and the result's grad.
+def reverse(
+    program: Program, types: Sequence[Value], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints
+) -> tuple[Any, Any]:
+    """Gradients of x [R, H] and w [R, 1] (None where not needed or zero) from the result's gradient [R, O].
 
-    Each adjoint has its value's dtype and shape, as in autograd. Recomputes nothing.
+    Each adjoint has its value's dtype and shape, as in autograd.
     """
-    active = active_steps(program, needs)
-    sums: list[Any] = [None] * len(values)
-    sums[-1] = _fit(grad, values[-1])
+    sums = _Sums(types, values, grad.shape[0])
+    sums.add(len(values) - 1, grad)
     found: dict[str, Any] = {"x": None, "w": None}
     for index in reversed(range(len(values))):
-        step, total = program.steps[index], sums[index]
-        sums[index] = None
-        if total is None or not active[index]:
+        step, total = program.steps[index], sums.take(index)
+        if total is None or not plan.active[index]:
             continue
         if step.op in found:
             found[step.op] = total
@@ -66,36 +91,75 @@ def reverse(program: Program, values: list[Any], grad: Any, needs: Needs, adjoin
             adjoints.bias(step.attrs[0], total)
         elif step.op == "mm":
             operand = step.args[0]
-            _add(sums, operand, adjoints.mm(step.attrs[0], values[operand], total, active[operand]))
+            sums.add(operand, adjoints.mm(step.attrs[0], values[operand], total, plan.active[operand]))
+        elif step.op == "cols":
+            sums.add_columns(step, total)
         else:
-            _spread(step, index, total, values, sums, active)
+            _spread(step, index, total, values, sums, plan.active)
     return found["x"], found["w"]
 
 
-def active_steps(program: Program, needs: Needs) -> list[bool]:
-    """For each step, whether an input that needs a gradient reaches it."""
-    active: list[bool] = []
-    for step in program.steps:
-        own = {
-            "x": lambda step: needs.x,
-            "w": lambda step: needs.w,
-            "b": lambda step: needs.bias(step.attrs[0]),
-            "mm": lambda step: needs.weight(step.attrs[0]),
-        }.get(step.op)
-        reached = step.op != "stop" and any(active[arg] for arg in step.args)
-        active.append(reached or (own is not None and own(step)))
-    return active
+class _Sums:
+    """The adjoint of each step while it is being summed."""
+
+    def __init__(self, types: Sequence[Value], values: Sequence[Any], rows: int) -> None:
+        self.types, self.values, self.rows = types, values, rows
+        self.sums: list[Any] = [None] * len(types)
+        self.owned: set[int] = set()  # sums that nothing else refers to, so they may be added to in place
+
+    def take(self, index: int) -> Any:
+        total, self.sums[index] = self.sums[index], None
+        return total
+
+    def shape(self, index: int) -> Any:
+        value = self.values[index]
+        return (self.rows, self.types[index].width) if value is None else value.shape
+
+    def add(self, index: int, term: Any) -> None:
+        if term is None:
+            return
+        # Sum over broadcast dimensions and cast, as autograd does between an output's and an input's gradient.
+        term = term if term.shape == self.shape(index) else term.sum_to_size(self.shape(index))
+        term = term.to(self.types[index].dtype)
+        if self.sums[index] is None:
+            self.sums[index] = term
+        elif index in self.owned:
+            self.sums[index].add_(term)
+        else:
+            self.sums[index] = self.sums[index] + term
+            self.owned.add(index)
+
+    def add_columns(self, step: Step, term: Any) -> None:
+        index = step.args[0]
+        if index not in self.owned:
+            whole = term.new_zeros(self.shape(index))
+            self.sums[index] = whole if self.sums[index] is None else whole.add_(self.sums[index])
+            self.owned.add(index)
+        _columns(self.sums[index], step).add_(term)
 
 
-def _value(step: Step, args: list[Any], reads: Reads) -> Any:
+def _spread(
+    step: Step, index: int, total: Any, values: Sequence[Any], sums: _Sums, active: tuple[bool, ...]
+) -> None:
+    """Adds a pointwise step's adjoint to those of its operands."""
+    if step.op == "cast":
+        sums.add(step.args[0], total)
+        return
+    operands = [values[arg] for arg in step.args]
+    for arg, partial in zip(step.args, FUNCTIONS[step.op].partials, strict=True):
+        if active[arg] and partial is not None:
+            sums.add(arg, partial.adjoint(total, values[index], *operands, *step.attrs))
+
+
+def _value(index: int, step: Step, args: list[Any], reads: Reads) -> Any:
     if step.op == "x":
-        return reads.x
+        return reads.x()
     if step.op == "w":
-        return reads.w
+        return reads.w()
     if step.op == "const":
         return step.attrs[0]
     if step.op == "mm":
-        return reads.mm(step.attrs[0], args[0])
+        return reads.mm(index, args[0])
     if step.op == "b":
         return reads.bias(step.attrs[0])
     if step.op == "cols":
@@ -112,31 +176,44 @@ def _columns(rows: Any, step: Step) -> Any:
     return rows[..., start:stop:stride]
 
 
-def _spread(step: Step, index: int, total: Any, values: list[Any], sums: list[Any], active: list[bool]) -> None:
-    """Adds a pointwise step's adjoint to those of its operands."""
-    operands = [values[arg] for arg in step.args]
-    if step.op == "cols":
-        _add_columns(sums, step, operands[0], total)
-        return
-    partials = (lambda g, y, a, *_: g,) if step.op == "cast" else FUNCTIONS[step.op].partials
-    for arg, operand, partial in zip(step.args, operands, partials, strict=True):
-        if active[arg] and partial is not None:
-            _add(sums, arg, _fit(partial(total, values[index], *operands, *step.attrs), operand))
+def _active_steps(program: Program, needs: Needs) -> list[bool]:
+    """For each step, whether an input that needs a gradient reaches it."""
+    active: list[bool] = []
+    for step in program.steps:
+        own = {"x": needs.x, "w": needs.w}.get(step.op, False)
+        if step.op in ("mm", "b"):
+            own = (needs.weights if step.op == "mm" else needs.biases)[step.attrs[0]]
+        active.append(own or (step.op != "stop" and any(active[arg] for arg in step.args)))
+    return active
 
 
-def _add(sums: list[Any], arg: int, term: Any) -> None:
-    if term is not None:
-        sums[arg] = term if sums[arg] is None else sums[arg] + term
+def _read_in_reverse(program: Program, needs: Needs, active: list[bool]) -> set[int]:
+    """Steps whose value an adjoint reads, and those whose shape is only known by evaluating them (biases)."""
+    read: set[int] = set()
+    for index, step in enumerate(program.steps):
+        if step.op == "mm" and needs.weights[step.attrs[0]]:
+            read.add(step.args[0])
+        if active[index] and not _has_rows(program, index):
+            read.add(index)
+        if active[index] and step.op in FUNCTIONS:
+            names = dict(zip("yabc", (index, *step.args), strict=False))
+            for arg, partial in zip(step.args, FUNCTIONS[step.op].partials, strict=True):
+                if active[arg] and partial is not None:
+                    read.update(names[name] for name in partial.reads)
+    return read
 
 
-def _add_columns(sums: list[Any], step: Step, operand: Any, term: Any) -> None:
-    whole = operand.new_zeros(operand.shape)
-    _columns(whole, step).copy_(term)
-    _add(sums, step.args[0], whole)
+def _has_rows(program: Program, index: int) -> bool:
+    step = program.steps[index]
+    return step.op in ("x", "w", "mm") or any(_has_rows(program, arg) for arg in step.args)
 
 
-def _fit(grad: Any, value: Any) -> Any:
-    """Sums over broadcast dimensions and casts, as autograd does between an output's and an input's gradient."""
-    if grad.shape != value.shape:
-        grad = grad.sum_to_size(value.shape)
-    return grad if grad.dtype == value.dtype else grad.to(value.dtype)
+def _with_arguments(program: Program, steps: set[int], given: set[int]) -> set[int]:
+    """The steps and everything they are computed from; given ones need nothing."""
+    found, todo = set(), list(steps)
+    while todo:
+        index = todo.pop()
+        if index not in found:
+            found.add(index)
+            todo.extend(() if index in given else program.steps[index].args)
+    return found

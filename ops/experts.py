@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import registry
 from ._register import register_op
-from .evaluate import Needs
+from .evaluate import Needs, reverse_plan
 from .infer import Inputs, Value, infer
 from .layout import Params
 from .program import Program, parse
@@ -25,7 +25,10 @@ _ARGS = (
     "str program, str weight_layout, str bias_layout, int top_k, str provider"
 )
 SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
-BACKWARD_SCHEMA = f"{NAME}_backward(Tensor grad_TKO, {_ARGS}, bool[] needs_grad) -> Tensor[]"
+SAVING = NAME + "_saving"
+SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
+BACKWARD = NAME + "_backward"
+BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one
 TOLERANCE = {
@@ -62,16 +65,15 @@ class Call:
         """Every differentiable argument in the order of needs_grad: x, topk_weights, weights, biases."""
         return [self.x, self.topk_weights, *self.weights.tensors, *self.biases.tensors]
 
-    def needs(self, needs_grad: list[bool]) -> Needs:
-        """needs_grad by slot: a weight of several tensors needs one if any of them does."""
-        weights = needs_grad[2 : 2 + len(self.weights.tensors)]
-        biases = needs_grad[2 + len(weights) :]
+    def needs(self, needs_grad: Sequence[bool]) -> Needs:
+        """needs_grad by slot: a parameter of several tensors needs one if any of them does."""
+        split = 2 + len(self.weights.tensors)
 
-        def any_of(params: Params, flags: list[bool]) -> list[bool]:
-            return [any(flags[slot.first : slot.first + slot.num]) for slot in params.slots]
+        def any_of(params: Params, flags: Sequence[bool]) -> tuple[bool, ...]:
+            return tuple(any(flags[slot.first : slot.first + slot.num]) for slot in params.slots)
 
-        weight, bias = any_of(self.weights, weights), any_of(self.biases, biases)
-        return Needs(needs_grad[0], needs_grad[1], weight.__getitem__, bias.__getitem__)
+        weights, biases = any_of(self.weights, needs_grad[2:split]), any_of(self.biases, needs_grad[split:])
+        return Needs(needs_grad[0], needs_grad[1], weights, biases)
 
 
 def prepare(
@@ -136,34 +138,83 @@ def _fake(*args: Any) -> Any:
     return call.x.new_empty(call.out_shape, dtype=call.values[-1].dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, order, offsets, topk_weights, weights, biases, *rest = inputs
-    ctx.save_for_backward(x, order, offsets, topk_weights, *weights, *biases)
-    ctx.num_weights, ctx.rest = len(weights), rest
-
-
-def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-    x, order, offsets, topk_weights, *params = ctx.saved_tensors
-    weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
-    wanted = ctx.needs_input_grad
-    needs = [wanted[0], wanted[3], *wanted[4], *wanted[5]]
-    op = getattr(torch.ops.moe_compile, NAME + "_backward")
-    found = op(grad, x, order, offsets, topk_weights, weights, biases, *ctx.rest, needs)
-    grads = [each if need else None for each, need in zip(found, needs, strict=True)]
-    split = 2 + len(weights)
-    return grads[0], None, None, grads[1], grads[2:split], grads[split:], *[None] * len(ctx.rest)
-
-
-def _backward_kernel(grad: Any, *args: Any) -> list[Any]:
+def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
+    """y, and the products that the backward reads, one [N, out] a product in sorted order (none: it recomputes)."""
     *inputs, provider, needs_grad = args
     call = prepare(*inputs)
     _check_slots(call)
-    run = registry.kernel("experts", provider, NAME + "_backward")
-    grads: list[Any] = run(call, grad.reshape(-1, call.values[-1].width), needs_grad)
+    if not _saves(provider):
+        return registry.kernel("experts", provider, NAME)(call), []
+    y, saved = registry.kernel("experts", provider, SAVING)(call, needs_grad)
+    return y, saved
+
+
+def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
+    *inputs, provider, needs_grad = args
+    call = prepare(*inputs)
+    y = call.x.new_empty(call.out_shape, dtype=call.values[-1].dtype)
+    return y, empty_saved(call, needs_grad) if _saves(provider) else []
+
+
+def _saves(provider: str) -> bool:
+    return SAVING in registry.get("experts", provider).kernels
+
+
+def empty_saved(call: Call, needs_grad: Sequence[bool]) -> list[Any]:
+    """Unfilled buffers for the products that the backward reads."""
+    kept = reverse_plan(call.program, call.needs(needs_grad), keep=True).kept
+    types = [call.values[index] for index in kept]
+    return [call.x.new_empty((call.order.shape[0], type.width), dtype=type.dtype) for type in types]
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward by the saving op, so that the products of a layer's input are not computed twice in training.
+
+    Not by register_autograd: that only sees the inputs and outputs of the op that the user calls.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], *tensors: Any) -> Any:
+        x, order, offsets, topk_weights, *params = tensors
+        wanted = ctx.needs_input_grad[2:]
+        ctx.needs, ctx.num_weights, ctx.rest = [wanted[0], *wanted[3:]], num_weights, rest
+        inputs = (x, order, offsets, topk_weights, params[:num_weights], params[num_weights:], *rest)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, saved = SAVING_OP.overload(*inputs, ctx.needs)
+        ctx.num_saved = len(saved)
+        ctx.save_for_backward(*saved, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+        saved, tensors = ctx.saved_tensors[: ctx.num_saved], ctx.saved_tensors[ctx.num_saved :]
+        x, order, offsets, topk_weights, *params = tensors
+        weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
+        inputs = (x, order, offsets, topk_weights, weights, biases, *ctx.rest)
+        found = BACKWARD_OP.overload(grad, list(saved), *inputs, ctx.needs)
+        grads = [each if need else None for each, need in zip(found, ctx.needs, strict=True)]
+        return None, None, grads[0], None, None, *grads[1:]
+
+
+def _autograd(*args: Any) -> Any:
+    x, order, offsets, topk_weights, weights, biases, *rest = args
+    tensors = (x, order, offsets, topk_weights, *weights, *biases)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        return _Differentiable.apply(len(weights), tuple(rest), *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return OP.overload(*args)
+
+
+def _backward_kernel(grad: Any, saved: list[Any], *args: Any) -> list[Any]:
+    *inputs, provider, needs_grad = args
+    call = prepare(*inputs)
+    _check_slots(call)
+    run = registry.kernel("experts", provider, BACKWARD)
+    grads: list[Any] = run(call, grad.reshape(-1, call.values[-1].width), saved, needs_grad)
     return grads
 
 
-def empty_grads(call: Call, needs_grad: list[bool]) -> list[Any]:
+def empty_grads(call: Call, needs_grad: Sequence[bool]) -> list[Any]:
     """Unfilled gradient buffers in parameters() order, with the parameters' strides; 0 elements where none is needed.
 
     The fake returns these too, so that strides under torch.compile are those of the kernel.
@@ -174,12 +225,13 @@ def empty_grads(call: Call, needs_grad: list[bool]) -> list[Any]:
     return grads
 
 
-def _backward_fake(grad: Any, *args: Any) -> list[Any]:
+def _backward_fake(grad: Any, saved: list[Any], *args: Any) -> list[Any]:
     *inputs, _, needs_grad = args
     return empty_grads(prepare(*inputs), needs_grad)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
+SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake)
 BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import registry
-from .evaluate import Adjoints, Reads, evaluate, reverse
-from .experts import NAME, Call, empty_grads
+from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
+from .experts import BACKWARD, NAME, Call, empty_grads
 from .layout import view
 
 
@@ -21,18 +22,15 @@ def forward(call: Call) -> Any:
     return y_NO.view(tokens, top_k, width)
 
 
-def backward(call: Call, grad_NO: Any, needs_grad: list[bool]) -> list[Any]:
-    """Gradients in call.parameters() order; half precision sums over slots and experts are taken in float32."""
+def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
+    """Gradients in call.parameters() order, values recomputed; half precision is summed over slots in float32."""
     grads = [grad.zero_() for grad in empty_grads(call, needs_grad)]
-    split = 2 + len(call.weights.tensors)
-    weight_grads, bias_grads = grads[2:split], grads[split:]
-    needs = call.needs(needs_grad)
-    dx_TH = _accumulator(call.x)
+    plan = reverse_plan(call.program, call.needs(needs_grad), keep=False)
+    dx_TH = torch.zeros_like(call.x, dtype=torch.promote_types(call.x.dtype, torch.float32))
     for expert, slots in _groups(call):
-        reads = _reads(call, expert, slots)
-        adjoints = _adjoints(call, expert, weight_grads, bias_grads, needs_grad)
-        values = evaluate(call.program, reads)
-        dx, dw = reverse(call.program, values, grad_NO[slots], needs, adjoints)
+        values = evaluate(call.program, _reads(call, expert, slots), plan)
+        adjoints = _adjoints(call, expert, grads)
+        dx, dw = reverse(call.program, call.values, values, grad_NO[slots], plan, adjoints)
         if dx is not None:
             dx_TH.index_add_(0, slots // call.top_k, dx.to(dx_TH.dtype))
         if dw is not None:
@@ -50,36 +48,33 @@ def _groups(call: Call) -> list[tuple[int, Any]]:
 
 
 def _reads(call: Call, expert: int, slots: Any) -> Reads:
-    w = None if call.topk_weights is None else call.topk_weights.reshape(-1, 1)[slots]
+    def mm(index: int, rows: Any) -> Any:
+        return rows @ call.weights.of(call.program.steps[index].attrs[0], expert).to(rows.dtype)
+
     return Reads(
-        call.x[slots // call.top_k],
-        w,
-        lambda j, rows: rows @ call.weights.of(j, expert).to(rows.dtype),
+        lambda: call.x[slots // call.top_k],
+        lambda: call.topk_weights.reshape(-1, 1)[slots],
+        mm,
         lambda j: call.biases.of(j, expert),
     )
 
 
-def _adjoints(
-    call: Call, expert: int, weight_grads: list[Any], bias_grads: list[Any], needs_grad: list[bool]
-) -> Adjoints:
-    needs = call.needs(needs_grad)
+def _adjoints(call: Call, expert: int, grads: list[Any]) -> Adjoints:
+    split = 2 + len(call.weights.tensors)
+    weight_grads, bias_grads = grads[2:split], grads[split:]
 
     def mm(j: int, rows: Any, grad: Any, wanted: bool) -> Any:
-        target = view(call.weights.slots[j], weight_grads, expert) if needs.weight(j) else None
-        if target is not None and target.numel():
+        target = view(call.weights.slots[j], weight_grads, expert)
+        if target is not None:
             target += (rows.t() @ grad).to(target.dtype)
         return grad @ call.weights.of(j, expert).to(grad.dtype).t() if wanted else None
 
     def bias(j: int, grad: Any) -> None:
         target = view(call.biases.slots[j], bias_grads, expert)
-        if target.numel():
+        if target is not None:
             target += grad
+
     return Adjoints(mm, bias)
-
-
-def _accumulator(x: Any) -> Any:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.zeros_like(x, dtype=dtype)
 
 
 def cost(problem: registry.Problem) -> float:
@@ -88,5 +83,5 @@ def cost(problem: registry.Problem) -> float:
 
 
 PROVIDER = registry.register(
-    registry.Provider("reference", "experts", {NAME: forward, NAME + "_backward": backward}, cost)
+    registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost)
 )

@@ -1,8 +1,8 @@
 """The functions an expert program may call: one row each with forward, derivatives and result type.
 
 A row is `name: Function(forward, partials, ...)`. forward(*operands, *attrs) is the torch function itself, so that a
-program means what the eager code meant (operators rather than torch.add: they take a number on either side). partials[i](grad, out, *operands, *attrs) is the adjoint of operand i; the
-aten *_backward functions are used where autograd uses them, so gradients agree with eager's to the bit.
+program means what the eager code meant (operators rather than torch.add: they take a number on either side). partials[i].adjoint(grad, y, *operands, *attrs) is the
+adjoint of operand i, given the result y; the aten *_backward functions are used where autograd uses them, so gradients agree with eager's to the bit.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 aten = torch.ops.aten
-Partial = Callable[..., Any]
+
+
+class Partial(NamedTuple):
+    """The adjoint of one operand, and which values it reads: y the result, a b c the operands in order."""
+
+    reads: str
+    adjoint: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +31,9 @@ class Function:
     """One row of the table.
 
     forward: torch function of the operands (rows or numbers) and then the attributes (numbers or None).
-    partials: one adjoint an operand; None where the derivative is zero.
+    partials: one an operand; None where the derivative is zero.
     attrs: default of each attribute; `...` marks one that must be given.
-    result: "promote" (operands' common type), "float" (the same, integers become the default float), "bool".
+    result: "promote" (operands' common type), "float" (the same, integers become the default float), "bool", "where".
     """
 
     forward: Callable[..., Any]
@@ -35,15 +42,26 @@ class Function:
     result: str = "promote"
 
 
-def _unary(forward: Callable[..., Any], partial: Partial, *attrs: Any, result: str = "float") -> Function:
-    return Function(forward, (partial,), attrs, result)
+def _unary(
+    forward: Callable[..., Any], reads: str, adjoint: Callable[..., Any], *attrs: Any, result: str = "float"
+) -> Function:
+    return Function(forward, (Partial(reads, adjoint),), attrs, result)
+
+
+def _binary(
+    forward: Callable[..., Any],
+    first: tuple[str, Callable[..., Any]],
+    second: tuple[str, Callable[..., Any]],
+    result: str = "promote",
+) -> Function:
+    return Function(forward, (Partial(*first), Partial(*second)), (), result)
 
 
 def _compare(forward: Callable[..., Any]) -> Function:
     return Function(forward, (None, None), result="bool")
 
 
-def _clamp_partial(g: Any, y: Any, a: Any, lo: Any, hi: Any) -> Any:
+def _clamp_adjoint(g: Any, y: Any, a: Any, lo: Any, hi: Any) -> Any:
     """Autograd passes the gradient through at the bounds themselves, and stops it for NaN."""
     keep = torch.ones_like(a, dtype=torch.bool)
     if lo is not None:
@@ -53,7 +71,7 @@ def _clamp_partial(g: Any, y: Any, a: Any, lo: Any, hi: Any) -> Any:
     return torch.where(keep, g, 0)
 
 
-def _pow_partial(g: Any, y: Any, a: Any, exponent: Any) -> Any:
+def _pow_adjoint(g: Any, y: Any, a: Any, exponent: Any) -> Any:
     return torch.zeros_like(g) if exponent == 0 else g * (exponent * a.pow(exponent - 1))
 
 
@@ -63,41 +81,54 @@ def _share(loses: Any, ties: Any, g: Any) -> Any:
 
 
 def _gelu_tanh(a: Any) -> Any:
-    return torch.nn.functional.gelu(a, approximate="tanh")
+    return F.gelu(a, approximate="tanh")
 
 
 _TWO_OVER_SQRT_PI = 2 / math.sqrt(math.pi)
 
 FUNCTIONS: dict[str, Function] = {
-    # arithmetic (the operators + - * / and unary minus are the first five)
-    "add": Function(operator.add, (lambda g, y, a, b: g, lambda g, y, a, b: g)),
-    "sub": Function(operator.sub, (lambda g, y, a, b: g, lambda g, y, a, b: -g)),
-    "mul": Function(operator.mul, (lambda g, y, a, b: g * b, lambda g, y, a, b: g * a)),
-    "div": Function(operator.truediv, (lambda g, y, a, b: g / b, lambda g, y, a, b: -g * (a / b) / b), result="float"),
-    "neg": _unary(torch.neg, lambda g, y, a: -g, result="promote"),
-    "abs": _unary(torch.abs, lambda g, y, a: g * a.sgn(), result="promote"),
-    "square": _unary(torch.square, lambda g, y, a: g * (a * 2.0), result="promote"),
-    "pow": _unary(torch.pow, _pow_partial, ..., result="promote"),
-    "sqrt": _unary(torch.sqrt, lambda g, y, a: g / (2 * y)),
-    "rsqrt": _unary(torch.rsqrt, lambda g, y, a: -0.5 * g * y.pow(3)),
-    "exp": _unary(torch.exp, lambda g, y, a: g * y),
-    "log": _unary(torch.log, lambda g, y, a: g / a),
-    "erf": _unary(torch.erf, lambda g, y, a: _TWO_OVER_SQRT_PI * torch.exp(-(a.pow(2))) * g),
-    "sin": _unary(torch.sin, lambda g, y, a: g * a.cos()),
-    "cos": _unary(torch.cos, lambda g, y, a: g * -a.sin()),
-    "tanh": _unary(torch.tanh, lambda g, y, a: aten.tanh_backward(g, y)),
-    "sigmoid": _unary(torch.sigmoid, lambda g, y, a: aten.sigmoid_backward(g, y)),
+    # arithmetic; the operators + - * / and unary minus are the first five
+    "add": _binary(operator.add, ("", lambda g, y, a, b: g), ("", lambda g, y, a, b: g)),
+    "sub": _binary(operator.sub, ("", lambda g, y, a, b: g), ("", lambda g, y, a, b: -g)),
+    "mul": _binary(operator.mul, ("b", lambda g, y, a, b: g * b), ("a", lambda g, y, a, b: g * a)),
+    "div": _binary(
+        operator.truediv,
+        ("b", lambda g, y, a, b: g / b),
+        ("ab", lambda g, y, a, b: -g * ((a / b) / b)),
+        result="float",
+    ),
+    "neg": _unary(torch.neg, "", lambda g, y, a: -g, result="promote"),
+    "abs": _unary(torch.abs, "a", lambda g, y, a: g * a.sgn(), result="promote"),
+    "square": _unary(torch.square, "a", lambda g, y, a: g * (a * 2.0), result="promote"),
+    "pow": _unary(torch.pow, "a", _pow_adjoint, ..., result="promote"),
+    "sqrt": _unary(torch.sqrt, "y", lambda g, y, a: g / (2 * y)),
+    "rsqrt": _unary(torch.rsqrt, "y", lambda g, y, a: -0.5 * g * y.pow(3)),
+    "exp": _unary(torch.exp, "y", lambda g, y, a: g * y),
+    "log": _unary(torch.log, "a", lambda g, y, a: g / a),
+    "erf": _unary(torch.erf, "a", lambda g, y, a: _TWO_OVER_SQRT_PI * torch.exp(-(a.pow(2))) * g),
+    "sin": _unary(torch.sin, "a", lambda g, y, a: g * a.cos()),
+    "cos": _unary(torch.cos, "a", lambda g, y, a: g * -a.sin()),
+    "tanh": _unary(torch.tanh, "y", lambda g, y, a: aten.tanh_backward(g, y)),
+    "sigmoid": _unary(torch.sigmoid, "y", lambda g, y, a: aten.sigmoid_backward(g, y)),
     # choices
-    "maximum": Function(
-        torch.maximum, (lambda g, y, a, b: _share(a < b, a == b, g), lambda g, y, a, b: _share(a > b, a == b, g))
+    "maximum": _binary(
+        torch.maximum,
+        ("ab", lambda g, y, a, b: _share(a < b, a == b, g)),
+        ("ab", lambda g, y, a, b: _share(a > b, a == b, g)),
     ),
-    "minimum": Function(
-        torch.minimum, (lambda g, y, a, b: _share(a > b, a == b, g), lambda g, y, a, b: _share(a < b, a == b, g))
+    "minimum": _binary(
+        torch.minimum,
+        ("ab", lambda g, y, a, b: _share(a > b, a == b, g)),
+        ("ab", lambda g, y, a, b: _share(a < b, a == b, g)),
     ),
-    "clamp": _unary(torch.clamp, _clamp_partial, ..., ..., result="promote"),
+    "clamp": _unary(torch.clamp, "a", _clamp_adjoint, ..., ..., result="promote"),
     "where": Function(
         torch.where,
-        (None, lambda g, y, c, a, b: torch.where(c, g, 0), lambda g, y, c, a, b: torch.where(c, 0, g)),
+        (
+            None,
+            Partial("a", lambda g, y, c, a, b: torch.where(c, g, 0)),
+            Partial("a", lambda g, y, c, a, b: torch.where(c, 0, g)),
+        ),
         result="where",
     ),
     "lt": _compare(operator.lt),
@@ -107,23 +138,16 @@ FUNCTIONS: dict[str, Function] = {
     "eq": _compare(operator.eq),
     "ne": _compare(operator.ne),
     # activations
-    "silu": _unary(torch.nn.functional.silu, lambda g, y, a: aten.silu_backward(g, a)),
-    "gelu": _unary(torch.nn.functional.gelu, lambda g, y, a: aten.gelu_backward(g, a)),
-    "gelu_tanh": _unary(_gelu_tanh, lambda g, y, a: aten.gelu_backward(g, a, approximate="tanh")),
-    "relu": _unary(torch.relu, lambda g, y, a: aten.threshold_backward(g, y, 0), result="promote"),
-    "leaky_relu": _unary(
-        torch.nn.functional.leaky_relu, lambda g, y, a, s: aten.leaky_relu_backward(g, a, s, False), 0.01
-    ),
-    "elu": _unary(
-        torch.nn.functional.elu, lambda g, y, a, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, a), 1.0
-    ),
+    "silu": _unary(F.silu, "a", lambda g, y, a: aten.silu_backward(g, a)),
+    "gelu": _unary(F.gelu, "a", lambda g, y, a: aten.gelu_backward(g, a)),
+    "gelu_tanh": _unary(_gelu_tanh, "a", lambda g, y, a: aten.gelu_backward(g, a, approximate="tanh")),
+    "relu": _unary(torch.relu, "y", lambda g, y, a: aten.threshold_backward(g, y, 0), result="promote"),
+    "leaky_relu": _unary(F.leaky_relu, "a", lambda g, y, a, s: aten.leaky_relu_backward(g, a, s, False), 0.01),
+    "elu": _unary(F.elu, "a", lambda g, y, a, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, a), 1.0),
     "softplus": _unary(
-        torch.nn.functional.softplus,
-        lambda g, y, a, beta, threshold: aten.softplus_backward(g, a, beta, threshold),
-        1.0,
-        20.0,
+        F.softplus, "a", lambda g, y, a, beta, high: aten.softplus_backward(g, a, beta, high), 1.0, 20.0
     ),
-    "hardsigmoid": _unary(torch.nn.functional.hardsigmoid, lambda g, y, a: aten.hardsigmoid_backward(g, a)),
-    "hardswish": _unary(torch.nn.functional.hardswish, lambda g, y, a: aten.hardswish_backward(g, a)),
-    "mish": _unary(torch.nn.functional.mish, lambda g, y, a: aten.mish_backward(g, a)),
+    "hardsigmoid": _unary(F.hardsigmoid, "a", lambda g, y, a: aten.hardsigmoid_backward(g, a)),
+    "hardswish": _unary(F.hardswish, "a", lambda g, y, a: aten.hardswish_backward(g, a)),
+    "mish": _unary(F.mish, "a", lambda g, y, a: aten.mish_backward(g, a)),
 }

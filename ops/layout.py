@@ -86,6 +86,9 @@ class Params:
 
 
 def view(slot: Slot, tensors: Sequence[Any], expert: int) -> Any:
-    """An expert's part of a slot as [in, out] or [out]; works on parameters and on gradients laid out like them."""
-    tensor = tensors[slot.first].select(0, expert) if slot.stacked else tensors[slot.first + expert]
+    """An expert's part of a slot as [in, out] or [out]; None where the tensor is an empty stand-in for no gradient."""
+    tensor = tensors[slot.first if slot.stacked else slot.first + expert]
+    if tensor.dim() == 1 and tensor.numel() == 0:
+        return None
+    tensor = tensor.select(0, expert) if slot.stacked else tensor
     return tensor.t() if slot.axes == "oi" else tensor

@@ -25,7 +25,7 @@ QUANT = ("none",)
 def counting_sort(ids_TK: Any, num_experts: int) -> tuple[Any, Any]:
     """order int64 [N], offsets int32 [E]. Reads nothing back to the host, so it can be captured in a CUDA graph."""
     ids = ids_TK.reshape(-1)
-    keys = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
+    keys = torch.where(ids < 0, num_experts, ids)  # ids >= E sort behind the experts by themselves
     sorted_keys, order = torch.sort(keys, stable=True)
     experts = torch.arange(num_experts, dtype=sorted_keys.dtype, device=ids.device)
     return order, torch.searchsorted(sorted_keys, experts, right=True, out_int32=True)

@@ -5,6 +5,7 @@
     choice = group_fill outside the best groups   DeepSeek V2 (group score "max") and V3 ("top2_sum")
     ids = topk(choice, K)
     weights = normalize(scores[ids]) * scale      none | sum (eps added to the sum, or its lower bound) | softmax over K
+                                                  or choice[ids]: the values of that top-k (DeepSeek V2)
 
 Every step is the torch function that routers are written with, so ties and NaN come out as they do there, to the bit.
 """
@@ -23,7 +24,7 @@ NAME = "route"
 SCHEMA = (
     f"{NAME}(Tensor logits_TE, Tensor? bias_E, int top_k, str score, str normalize, float eps, str eps_mode, "
     "float scale, int num_groups, int top_groups, str group_score, float group_fill, ScalarType? score_dtype, "
-    "ScalarType? weight_dtype, bool sorted) -> (Tensor weights_TK, Tensor ids_TK)"
+    "ScalarType? weight_dtype, bool sorted, str weights_from) -> (Tensor weights_TK, Tensor ids_TK)"
 )
 
 
@@ -43,6 +44,7 @@ class Routing(NamedTuple):
     score_dtype: Any = None
     weight_dtype: Any = None
     sorted: bool = True
+    weights_from: str = "scores"
 
 
 def _sqrtsoftplus(logits: Any) -> Any:
@@ -67,17 +69,17 @@ _CHOICES = {
     "normalize": ("none", "sum", "softmax"),
     "eps_mode": ("add", "clamp"),
     "group_score": ("max", "top2_sum"),
+    "weights_from": ("scores", "choice"),
 }
 
 
 def reference(logits_TE: Any, bias_E: Any, routing: Routing) -> tuple[Any, Any]:
     """weights [T, K] and ids int64 [T, K]."""
     scores_TE = _scores(logits_TE, routing)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if routing.num_groups > 1:
-        choice_TE = _limit_groups(choice_TE, routing)
+    choice_TE, _ = _choice(scores_TE, bias_E, routing)
     ids_TK = torch.topk(choice_TE, routing.top_k, dim=-1, sorted=routing.sorted).indices
-    weights_TK = _normalize(scores_TE.gather(-1, ids_TK), routing)
+    picked_TK = (choice_TE if routing.weights_from == "choice" else scores_TE).gather(-1, ids_TK)
+    weights_TK = _normalize(picked_TK, routing)
     if routing.scale != 1.0:
         weights_TK = weights_TK * routing.scale
     return weights_TK.to(routing.weight_dtype or weights_TK.dtype), ids_TK
@@ -87,8 +89,17 @@ def _scores(logits: Any, routing: Routing) -> Any:
     return _SCORES[routing.score][0](logits.to(routing.score_dtype or logits.dtype))
 
 
-def _limit_groups(choice_TE: Any, routing: Routing) -> Any:
-    """Keeps the experts of the best top_groups of num_groups groups, the others get group_fill."""
+def _choice(scores_TE: Any, bias_E: Any, routing: Routing) -> tuple[Any, Any]:
+    """What the top-k is of, and which experts it leaves out (None: none): those outside of the best groups have group_fill."""
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if routing.num_groups == 1:
+        return choice_TE, None
+    out_TE = ~_in_best_groups(choice_TE, routing)
+    return choice_TE.masked_fill(out_TE, routing.group_fill), out_TE
+
+
+def _in_best_groups(choice_TE: Any, routing: Routing) -> Any:
+    """Is an expert in one of the best top_groups of num_groups groups?"""
     tokens, experts = choice_TE.shape
     grouped = choice_TE.view(tokens, routing.num_groups, experts // routing.num_groups)
     if routing.group_score == "max":
@@ -97,7 +108,7 @@ def _limit_groups(choice_TE: Any, routing: Routing) -> Any:
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
     best = torch.topk(group_scores, routing.top_groups, dim=-1, sorted=False).indices
     keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-    return grouped.masked_fill(~keep.unsqueeze(-1), routing.group_fill).view(tokens, experts)
+    return keep.unsqueeze(-1).expand(grouped.shape).reshape(tokens, experts)
 
 
 def _denominator(gathered: Any, routing: Routing) -> Any:
@@ -147,22 +158,28 @@ def _fake(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
     routing = Routing(*constants)
     _check(logits, routing)
     shape = (logits.shape[0], routing.top_k)
-    dtype = routing.weight_dtype or routing.score_dtype or logits.dtype
+    dtype = routing.score_dtype or logits.dtype
+    if routing.weights_from == "choice" and bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    dtype = routing.weight_dtype or dtype
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-    ctx.save_for_backward(inputs[0], output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.routing = Routing(*inputs[2:])
 
 
 def _backward(ctx: Any, grad_weights: Any, _: Any) -> tuple[Any, ...]:
-    logits, ids = ctx.saved_tensors
+    logits, bias, ids = ctx.saved_tensors
     routing = ctx.routing
     scores = _SCORES_UNDER_AUTOCAST[routing.score](logits.to(routing.score_dtype or logits.dtype))
-    grad = grad_weights.to(scores.dtype) * routing.scale
-    picked = _normalize_backward(grad, scores.gather(-1, ids), routing)
-    grad_scores = torch.zeros_like(scores).scatter(-1, ids, picked)
+    weighing, out = _choice(scores, bias, routing) if routing.weights_from == "choice" else (scores, None)
+    grad = grad_weights.to(weighing.dtype) * routing.scale
+    picked = _normalize_backward(grad, weighing.gather(-1, ids), routing)
+    grad_scores = torch.zeros_like(weighing).scatter(-1, ids, picked).to(scores.dtype)
+    if out is not None:
+        grad_scores = grad_scores.masked_fill(out, 0)
     grad_logits = _SCORES[routing.score][1](grad_scores, scores, logits.to(scores.dtype))
     return grad_logits.to(logits.dtype), *[None] * (1 + len(Routing._fields))
 
@@ -192,7 +209,10 @@ def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> It
     logits = torch.randn((5, 8), generator=generator, dtype=torch.float64).to(device, dtype)
     bias = torch.randn(8, generator=generator, dtype=torch.float64).to(device, dtype)
     yield logits, None, *Routing(2, normalize="sum")
-    yield logits, None, *Routing(3, num_groups=4, top_groups=2, scale=16.0, sorted=False)
+    v2 = Routing(3, num_groups=4, top_groups=2, scale=16.0, sorted=False)
+    yield logits, None, *v2
+    yield logits, None, *v2._replace(weights_from="choice")
+    yield logits, bias, *Routing(2, "sigmoid", "sum", weights_from="choice")
     v3 = Routing(2, "sigmoid", "sum", 1e-20, scale=2.5, num_groups=2, group_score="top2_sum", sorted=False)
     yield logits, bias, *v3
     yield logits, None, *Routing(4, "none", "softmax")

@@ -58,8 +58,10 @@ def decisions(graph: Graph) -> list[Decision]:
 def _decision(n: Node) -> Decision | None:
     if n.target is operator.getitem and isinstance(n.args[0], Node) and callee(n.args[0]) in _INDEX_RESULT and n.args[1] == 1:
         return _facts(n, n.args[0], callee(n.args[0]))
-    if callee(n) == "argmax" and isinstance(_argument(n, 1, "dim"), int):
+    if callee(n) in ("argmax", "argmin") and isinstance(_argument(n, 1, "dim"), int):
         return _facts(n, n, "argmax")
+    if callee(n) == "argsort":
+        return _facts(n, n, "sort")
     return None
 
 
@@ -96,3 +98,9 @@ def feeds(d: Decision, later: Decision) -> bool:
             if writes_in_place(n) and isinstance(n.args[0], Node):  # what was written is read under the tensor's own name
                 todo.extend(u for u in n.args[0].users if n < u)
     return False
+
+
+def window_end(d: Decision, later: list[Decision]) -> Node | None:
+    """Where the search behind d ends: at the next decision after the ids are first used."""
+    first_use = min(d.ids.users)
+    return next((x.source for x in later if first_use < x.source), None)

@@ -70,10 +70,9 @@ class Emitter:
         on_rows = self.rows and all(v in e.free for v in self.rows)
         if not vs or (e.free & set(self.rows) and not on_rows) or not all(v in e.free for v in columns):
             return None
-        n = find_node(self.region, e, vs)
-        if n is None:
-            return None
-        return self._shaped(self.existing(n), tensor_of(n), -1 if on_rows else 1, prod(v.size for v in columns))
+        width = prod(v.size for v in columns)
+        n = find_node(self.region, e, vs, width)
+        return None if n is None else self._shaped(self.existing(n), tensor_of(n), -1 if on_rows else 1, width)
 
     def _shaped(self, node: Node, like: torch.Tensor | None, rows: int, columns: Size) -> Node:
         if like is not None and like.dim() == 2 and shape_of(like)[1] == columns:
@@ -216,25 +215,37 @@ def _holders(region: MoERegion) -> dict[Node, Node]:
     return cached
 
 
-def find_node(region: MoERegion, e: Expr, vs: list[Var]) -> Node | None:
-    """A node before the root whose elements, row-major, are e over vs, and that nothing has changed since."""
-    numel, sizes = prod(v.size for v in vs), tuple(v.size for v in vs)
-    key = alpha(e, vs)
+def find_node(region: MoERegion, e: Expr, vs: list[Var], columns: Size) -> Node | None:
+    """A node before the root whose elements, row-major, are e over vs, and that nothing has changed since.
+
+    Of several, one that already has the shape [rows, columns].
+    """
+    sizes = tuple(v.size for v in vs)
+    key, found = alpha(e, vs), None
     for n in [*region.inputs, *region.nodes]:
-        t, a = tensor_of(n), region.trace.at_def.get(n)
-        if t is None or not isinstance(a, Node) or n is region.root or region.now.get(n, a) is not a:
+        t = tensor_of(n)
+        if t is None or prod(shape_of(t)) != prod(sizes) or not _unchanged(region, n) or not _holds(region, n, key, sizes):
             continue
-        if prod(shape_of(t)) != numel:
-            continue
-        try:
-            value = region.interp.value(a)
-            flat = Value((tuple(value.vars()),), value.expr)
-            flat = flat.refine(0, common(flat.sizes(0), sizes))
-            if flat.sizes(0) == tuple(s for s in sizes if s != 1) and alpha(flat.expr, flat.vars()) == key:
-                return n
-        except Refused:
-            continue
-    return None
+        if t.dim() == 2 and shape_of(t)[1] == columns:
+            return n
+        found = found or n
+    return found
+
+
+def _unchanged(region: MoERegion, n: Node) -> bool:
+    a = region.trace.at_def.get(n)
+    # what the root accumulates onto is itself again once the old code is gone (rewrite.py checks that it goes)
+    return isinstance(a, Node) and n is not region.root and (region.now.get(n, a) is a or n is region.target)
+
+
+def _holds(region: MoERegion, n: Node, key: Any, sizes: tuple[Size, ...]) -> bool:
+    try:
+        value = region.interp.value(region.trace.at_def[n])
+        flat = Value((tuple(value.vars()),), value.expr)
+        flat = flat.refine(0, common(flat.sizes(0), sizes))
+    except Refused:
+        return False
+    return flat.sizes(0) == tuple(s for s in sizes if s != 1) and alpha(flat.expr, flat.vars()) == key
 
 
 def size_argument(emitter: Emitter, size: Size, sym: Any) -> Any:

@@ -24,7 +24,7 @@ class Liveness:
     """`nodes`, `inputs`: of the window that `trace` has run; `now`: the ATen node that holds each one's value at its end.
 
     `root`: the Dynamo node that is replaced, `cut` the ATen node of its value: what only leads there is dead.  None: nothing is replaced,
-    the window's own users have been taken away.
+    the window's own users have been taken away; `replaced`: the ATen nodes whose value they read elsewhere now.
     """
 
     trace: Trace
@@ -33,6 +33,7 @@ class Liveness:
     now: dict[Node, Node]
     root: Node | None = None
     cut: Node | None = None
+    replaced: frozenset[Node] = frozenset()
 
     def removable(self, needed: Iterable[Node], at: Remap) -> list[Node]:
         """Nodes of the window that nobody needs once root's value is computed otherwise.
@@ -59,7 +60,7 @@ class Liveness:
         todo = [a for s in seeds for a in (s if isinstance(s, list) else [s]) if isinstance(a, Node)]
         while todo:
             a = todo.pop()
-            if a is not self.cut and a not in live:
+            if a is not self.cut and a not in self.replaced and a not in live:
                 live.add(a)
                 todo.extend(a.all_input_nodes)
         return live
@@ -75,7 +76,7 @@ class Liveness:
             changed = False
             for m in list(gone):
                 readers = [u for u in m.users if u not in gone and u is not root]
-                if any(not (_assertion(u) and u in inside) for u in readers):
+                if any(not (is_assertion(u) and u in inside) for u in readers):
                     del gone[m]
                     changed = True
                 else:
@@ -105,11 +106,16 @@ class Liveness:
 def _writes(m: Node, n: Node) -> bool:
     """Does m's in-place op change a tensor of n's storage?  By Dynamo's fake tensors, which share it like the real ones."""
     out = m.kwargs.get("out", m.args[0] if m.args else None)
-    a, b = tensor_of(out), tensor_of(n)
+    return same_storage(out, n)
+
+
+def same_storage(m: object, n: object) -> bool:
+    """Do two nodes' tensors share memory?  What is not known is assumed to."""
+    a, b = tensor_of(m), tensor_of(n)
     return a is None or b is None or a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
-def _assertion(n: Node) -> bool:
+def is_assertion(n: Node) -> bool:
     return callee(n) in {
         "_assert_scalar",
         "_assert_async",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from .decisions import Decision
+from .decisions import Decision, callee, tensor_of
 from .decisions import writes_in_place as mutates
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
-from .liveness import Liveness
+from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
 
 PATIENCE = 40  # nodes looked at after a region was found: the weighting and the sum over slots may still come
@@ -37,9 +37,8 @@ class MoERegion:
     root_value: Node
     now: dict[Node, Node] = field(default_factory=dict)
 
-    @property
-    def nodes(self) -> list[Node]:
-        return [n for n in self.code if not is_size(n)]
+    def __post_init__(self) -> None:
+        self.nodes = [n for n in self.code if not is_size(n)]
 
     @property
     def liveness(self) -> Liveness:
@@ -89,6 +88,8 @@ class _Search:
         """(the tensor written in place or None, the ATen node of the value)."""
         if mutates(n) and n.args and isinstance(n.args[0], Node):
             target = n.args[0]
+            while mutates(target) and target.args and isinstance(target.args[0], Node):
+                target = target.args[0]  # out += y gives out another name
             now = trace.now(target)
             return target, now if isinstance(now, Node) else None
         return None, trace.node_of(n)
@@ -140,11 +141,26 @@ def find_region(
     nodes, inputs = collect(first, until)
     if decision.ids not in inputs:
         raise Refused("the chosen ids are not used")
-    search = _Search(decision, others, training)
+    search = _Search(decision, others, _flows(nodes, ambient, training))
     Trace(gm, nodes, inputs, ambient).run(search)
     if search.best is None:
         raise Refused("; ".join([search.why, *search.reasons()[:2]]))
+    _no_hidden_alias(search.best)
     return search.best
+
+
+def _no_hidden_alias(region: MoERegion) -> None:
+    """The trace gives every input storage of its own; that is wrong if one is changed in place and another is a view of it."""
+    for n in region.inputs:
+        if n in region.now and region.now[n] is not region.trace.at_def[n]:
+            twins = [m for m in region.inputs if m is not n and tensor_of(m) is not None and same_storage(m, n)]
+            if twins:
+                raise Refused(f"{n.name} is changed in place and {twins[0].name} is a view of the same memory")
+
+
+def _flows(nodes: list[Node], ambient: Ambient, training: bool) -> bool:
+    """Do gradients flow anywhere in the window?"""
+    return training and (ambient.grad or any(callee(n) == "_set_grad_enabled" and n.args[0] for n in nodes))
 
 
 __all__ = ["MoERegion", "find_region", "fresh_table"]

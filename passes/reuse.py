@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .decisions import Decision, callee
 from .lift.sizes import size_of
+from .liveness import is_assertion
 from .region import MoERegion
 from .window import CREATORS, Ambient, is_size, symbolic
 
@@ -64,6 +65,8 @@ class _Walk:
 
     def _code(self, old: Node, new: Node) -> bool:
         op, target, args, kwargs = self.recorded.code[old]
+        if is_assertion(new):  # its message names the symbol
+            return target == new.target and self._argument(args[:1], new.args[:1])
         return (
             op == new.op
             and (target == new.target)

@@ -16,7 +16,8 @@ from torch.fx import Graph, Node
 from .decisions import callee, tensor_of
 from .emit import Emitter, size_argument
 from .lift import Refused
-from .lift.sizes import prod, shape_of
+from .lift.algebra import add
+from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
 from .region import MoERegion
 from .window import CREATORS
@@ -45,12 +46,13 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], quant: st
     try:
         with graph.inserting_before(root):
             value = _emit(emitter, providers, quant)
-            removed = region.liveness.removable(emitter.read, at)
+            written = {region.target} if region.target is not None else set()
+            removed = region.liveness.removable(emitter.read | written, at)
             _check_sources(region, emitter.read, set(removed), at)
             if region.target is not None:
                 graph.call_method("copy_", (at(region.target), value))
     except Refused:
-        _erase(graph, [n for n in graph.nodes if n not in before])
+        _erase(graph, [n for n in reversed(graph.nodes) if n not in before])
         raise
     added = [n for n in graph.nodes if n not in before]
     for n in added:
@@ -65,15 +67,11 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], quant: st
 
 
 def _erase(graph: Graph, nodes: list[Node]) -> None:
-    todo = list(nodes)
-    while todo:
-        free = [n for n in todo if not n.users]
-        if not free:
-            raise RuntimeError(f"nodes that should be dead are still used: {[n.name for n in todo][:5]}")
-        for n in free:
-            graph.erase_node(n)
-        gone = set(free)
-        todo = [n for n in todo if n not in gone]
+    """In the given order: users before what they use."""
+    for n in nodes:
+        if n.users:
+            raise RuntimeError(f"{n.name} should be dead and is used by {[u.name for u in n.users][:5]}")
+        graph.erase_node(n)
 
 
 def _check_sources(region: MoERegion, read: set[Node], removed: set[Node], at: Remap) -> None:
@@ -117,8 +115,8 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
         out = em.call(ops.combine.default, y_TKO, _slots(em, w_TK), handle, f.dtype, providers["comm"])
     else:
         out = _each_slot(em, y_TKO, _slots(em, w_TK))
-    for term in f.rest:
-        out = em.method("to", em.call(operator.add, out, em.matrix(term, f.feat)), f.dtype)
+    if f.rest:
+        out = em.method("to", em.call(operator.add, out, em.matrix(add(*f.rest), f.feat)), f.dtype)
     if off is not None:
         em.call(torch.amp.autocast_mode._exit_autocast, off)
     return _as_root(em, out)
@@ -151,7 +149,7 @@ def _as_root(em: Emitter, out: Node) -> Node:
     if like is None:
         raise Refused("the output's shape is not known")
     shape = shape_of(like)
-    if em.region.target is None and not like.is_contiguous():
+    if em.region.target is None and not _contiguous(like):
         raise Refused("the experts' output is not contiguous in the original")
     if len(shape) == 2:
         return out
@@ -159,6 +157,12 @@ def _as_root(em: Emitter, out: Node) -> Node:
     if len(free) <= 1:
         return em.method("reshape", out, *[-1 if i in free else s for i, s in enumerate(shape)])
     return em.method("reshape", out, *[size_argument(em, s, like.shape[i]) for i, s in enumerate(shape)])
+
+
+def _contiguous(t: torch.Tensor) -> bool:
+    """Row-major, as far as the strides say without a guard on symbolic extents."""
+    shape, strides = shape_of(t), [size_of(s) for s in t.stride()]
+    return all(n == 1 or s == prod(shape[i + 1 :]) for i, (n, s) in enumerate(zip(shape, strides)))
 
 
 def _autocast_on(region: MoERegion) -> tuple[Any, ...] | None:

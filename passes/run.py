@@ -15,7 +15,7 @@ import moe_compile.ops  # noqa: F401  (registers the stage ops)
 from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
-from .decisions import Decision, decisions, feeds, tensor_of
+from .decisions import Decision, decisions, feeds, tensor_of, window_end
 from .lift import Refused, fresh_table
 from .liveness import Remap
 from .region import MoERegion, find_region
@@ -84,9 +84,10 @@ class _Part:
 
     def run(self) -> list[RegionReport]:
         entries = []
-        for d, nxt in zip(self.decisions, [*self.decisions[1:], None]):
+        for i, d in enumerate(self.decisions):
+            nxt = self.decisions[i + 1] if i + 1 < len(self.decisions) else None
             start = time.perf_counter()
-            entry = self._one(d, nxt.source if nxt else None)
+            entry = self._one(d, window_end(d, self.decisions[i + 1 :]))
             entry.seconds = time.perf_counter() - start
             if entry.rewritten or nxt is None or not feeds(d, nxt):
                 entries.append(entry)

@@ -31,9 +31,7 @@ def rewrite_relu(gm, options):
             new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-        report.regions.append(
-            RegionReport(True, where="model.py:1", formula="max(x, 0)", providers={"experts": "clamp"})
-        )
+        report.regions.append(RegionReport(True, where="model.py:1", formula="max(x, 0)", providers={"experts": "clamp"}))
     gm.recompile()
     report.nodes_after = len(gm.graph.nodes)
     return report

@@ -126,9 +126,7 @@ def test_unknown_option_names_the_key_and_the_nearest(rewrites, model, x):
 
 def test_backend_name_takes_mode(rewrites, model, x, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "moe_compile.inner.compile_graph", lambda gm, i, options, name: seen.append(options) or gm.forward
-    )
+    monkeypatch.setattr("moe_compile.inner.compile_graph", lambda gm, i, options, name: seen.append(options) or gm.forward)
     torch.compile(model, backend="moe_compile", mode="max-autotune-no-cudagraphs")(x)
     assert seen == [Options(mode="max-autotune-no-cudagraphs")]
 
@@ -278,9 +276,7 @@ def test_compile_fullgraph_captures_data_dependent_sizes(rewrites, x):
 
 def test_compile_takes_mode_and_options_together(rewrites, model, x, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "moe_compile.inner.compile_graph", lambda gm, i, options, name: seen.append(options) or gm.forward
-    )
+    monkeypatch.setattr("moe_compile.inner.compile_graph", lambda gm, i, options, name: seen.append(options) or gm.forward)
     moe_compile.compile(model, mode="reduce-overhead", options={"max_autotune": True, "validate": "off"})(x)
     assert seen == [Options(mode="reduce-overhead", inner_options={"max_autotune": True}, validate="off")]
 
@@ -385,6 +381,19 @@ def test_frame_that_raises_with_flags_is_compiled_without_and_says_so_once(rewri
     assert "NotImplementedError" in report.notes[0]
 
 
+@pytest.mark.parametrize("data_tells", [True, False])
+def test_backward_is_compiled_at_once_where_it_could_still_fail(monkeypatch, data_tells):
+    from torch._functorch import config as functorch_config
+
+    from moe_compile import inductor
+
+    monkeypatch.setattr(inductor, "flags_active", lambda: True)
+    monkeypatch.setattr(inductor, "data_dependent", lambda gm: data_tells)
+    patch = inductor._backward_now(torch.fx.GraphModule({}, torch.fx.Graph()))
+    assert bool(patch) == data_tells
+    assert all(hasattr(functorch_config, key) for key in patch)
+
+
 def test_keyboard_interrupt_while_compiling_is_not_caught(rewrites, x):
     def interrupted(gm, inputs):
         raise KeyboardInterrupt
@@ -449,6 +458,23 @@ def test_inner_compiler_failing_on_the_rewrite_gets_the_original(rewrites, model
     assert not report.rewritten
     assert "NotImplementedError: clamp_min" in report.refused[0].reason
     assert len([record for record in caplog.records if "clamp_min" in record.message]) >= 1
+
+
+def test_inner_compiler_may_ask_dynamo_to_trace_again(rewrites, model, x, caplog):
+    asked = []
+
+    def asks_once(gm, inputs):
+        if not asked:
+            asked.append(gm)
+            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason="a float was specialised")
+        return gm.forward
+
+    report = RewriteReport()
+    compiled = moe_compile.compile(model, inner=asks_once, report=report)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert len(report.graphs) == 1
+    assert len(report.rewritten) == 2
+    assert not [record for record in caplog.records if record.name == "moe_compile"]
 
 
 def test_inner_compiler_failing_on_the_original_is_the_users_to_see(refuses, model, x):

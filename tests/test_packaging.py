@@ -42,9 +42,7 @@ def run(*command, **kwargs):
 def wheel(tmp_path_factory):
     """The wheel, built from the sdist of a copy of the checkout (building writes into the tree)."""
     base = tmp_path_factory.mktemp("build")
-    shutil.copytree(
-        ROOT, base / "tree", ignore=shutil.ignore_patterns(".git", ".*", "__pycache__", "*.egg-info", "build")
-    )
+    shutil.copytree(ROOT, base / "tree", ignore=shutil.ignore_patterns(".git", ".*", "__pycache__", "*.egg-info", "build"))
     build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
     run(sys.executable, "-c", build, "build_sdist", base, cwd=base / "tree")
     shutil.unpack_archive(next(base.glob("*.tar.gz")), base / "sdist")
@@ -76,10 +74,7 @@ def test_wheel_holds_the_tree_under_one_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"moe_compile"}
     found = {name for name in names if name.endswith(".py")}
-    wanted = {
-        name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
-        for name, path in modules().items()
-    }
+    wanted = {name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for name, path in modules().items()}
     assert found == wanted
     assert "moe_compile/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -158,9 +158,7 @@ def lay_out(m: list[Tensor], b: list[Tensor], layout: str) -> tuple[list[Tensor]
     return weights, list(b) if layout.startswith("e") else [v for p in b for v in p.unbind(0)]
 
 
-def compare_gradients(
-    got: Tensor, leaves: list[Tensor], want: Tensor, exact: list[Tensor], seed: Tensor, dtype
-) -> None:
+def compare_gradients(got: Tensor, leaves: list[Tensor], want: Tensor, exact: list[Tensor], seed: Tensor, dtype) -> None:
     if want.requires_grad and want.numel():
         (want * seed).sum().backward()
         (got * seed.to(dtype)).sum().backward()
@@ -198,9 +196,7 @@ SCORES = {
 }
 
 
-def plain_router(
-    v: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def plain_router(v: Tensor, bias: Tensor | None, top_k: int, score: str, normalize: str, scale: float) -> tuple[Tensor, Tensor]:
     """A router as models spell it."""
     scores = SCORES[score](v)
     ids = torch.topk(scores if bias is None else scores + bias, top_k, dim=-1).indices

@@ -117,6 +117,7 @@ def test_explain_keeps_what_was_captured_and_refused(refuses, x):
     explained = moe_compile.explain(loop)(x)
     assert len(explained.graphs) == 1
     assert [region.reason for region in explained.refused] == ["the gate is not a gate"]
+    assert "captures this frame again without" in explained.graphs[0].notes[0]
     plain = moe_compile.explain(loop, capture_flags=False)(x)
     assert len(plain.graphs) == 2
     assert len(plain.graph_breaks) == 1

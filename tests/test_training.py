@@ -79,15 +79,26 @@ def test_one_step_equals_eager(name):
     assert all(want[f"d {n}"].abs().max() > 0 for n, _ in model.named_parameters() if "experts" in n or "router" in n)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_one_step_with_gradient_checkpointing(name):
-    model, batch = model_and_batch(name)
-    twin = copy.deepcopy(model)
+def checkpointed_steps(name: str, **over: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], moe_compile.RewriteReport]:
+    model, kwargs = build(name, **over)
+    batch = {**kwargs, "labels": kwargs["input_ids"]}
+    twin = copy.deepcopy(model.train())
     want = step(model, model, batch)
     twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compiled, report = compiled_of(twin)
-    got = step(compiled, twin, batch)
+    return step(compiled, twin, batch), want, report
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_step_with_gradient_checkpointing(name):
+    got, want, report = checkpointed_steps(name)
     assert_all_rewritten(name, report)
+    assert_same(got, want, 1e-4)
+
+
+def test_checkpointing_with_auxiliary_loss_keeps_its_meaning():
+    """transformers collects router logits by side effects, which Dynamo cannot trace inside a checkpoint."""
+    got, want, _ = checkpointed_steps("mixtral", **MODELS["mixtral"])
     assert_same(got, want, 1e-4)
 
 
@@ -105,6 +116,7 @@ def test_one_step_under_autocast_is_as_exact_as_eager(name):
     """Against a float64 step, our error is at most twice eager's own under the same autocast."""
     model, batch = model_and_batch(name)
     plain, twin = copy.deepcopy(model), copy.deepcopy(model)
+    model.set_experts_implementation("eager")  # grouped_mm has no float64
     exact = step(model.double(), model, batch)
     eager = step(plain, plain, batch, torch.autocast("cpu", dtype=torch.bfloat16))
     compiled, report = compiled_of(twin)

@@ -39,9 +39,7 @@ def test_other_inputs_through_the_same_compilation():
     model, kwargs = ZOO["deepseek_v3"]()
     compiled = moe_compile.compile(model, inner="eager")
     for seed in range(4):
-        kwargs["input_ids"] = torch.randint(
-            3, 100, kwargs["input_ids"].shape, generator=torch.Generator().manual_seed(seed)
-        )
+        kwargs["input_ids"] = torch.randint(3, 100, kwargs["input_ids"].shape, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             assert error(compiled(**kwargs).logits, model(**kwargs).logits) < 1e-5
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .expr import BINDERS, ONE, ZERO, Expr, Order, Refused, Var, alpha, const, factors, is_const, raw
+from .expr import BINDERS, ONE, ZERO, Enum, Expr, Order, Refused, Segment, Var, alpha, const, factors, is_const, raw
 from .index import below, bounds, digits, idiv, inside, inv, is_bool, is_int, mix, mod, perm, sel
 from .sizes import prod, quotient
 
@@ -50,8 +50,8 @@ def mul(*args: Expr) -> Expr:
     flat = [x for a in args for x in (a.args if a.op == "mul" else (a,)) if not is_const(x, 1)]
     if any(is_const(x, 0) for x in flat):
         return ZERO
-    conds = list(dict.fromkeys(x for x in flat if is_bool(x)))
     rest = [x for x in flat if not is_bool(x)]
+    conds = [x for x in dict.fromkeys(flat) if is_bool(x) and not _implied(x, rest)]
     sparse = [x for x in rest if x.op == "sum" and is_sparse(x)]
     if len(rest) > 1 and sparse and one_slot(sparse):
         v, body = refresh(sparse[0])
@@ -64,6 +64,32 @@ def mul(*args: Expr) -> Expr:
     if len(flat) < 2:
         return flat[0] if flat else ONE
     return raw("mul", *flat)
+
+
+def _implied(c: Expr, rest: list[Expr]) -> bool:
+    """[g != 0] g h = g h; also where g is a sum with one term at most, and h has moved into it."""
+    if c.op != "not" or c.args[0].op != "eq" or not is_const(c.args[0].args[1], 0):
+        return False
+    g = c.args[0].args[0]
+    return g in rest or (g.op == "sum" and is_sparse(g) and distinct_slots(g) and any(_contains_term(x, g) for x in rest))
+
+
+def _contains_term(x: Expr, g: Expr) -> bool:
+    if x.op != "sum" or not is_sparse(x) or not distinct_slots(x) or x.args[0].size != g.args[0].size:
+        return False
+    return set(factors(subst(g.args[1], {g.args[0]: x.args[0]}))) <= set(factors(x.args[1]))
+
+
+def divide(a: Expr, b: Expr) -> Expr:
+    """a / b; like a product, a quotient of a masked or sparse numerator moves inside."""
+    if is_const(a, 0):
+        return ZERO
+    if a.op == "mul" and (cs := [f for f in a.args if is_bool(f)]):
+        return mul(*cs, divide(mul(*[f for f in a.args if not is_bool(f)]), b))
+    if a.op == "sum" and is_sparse(a) and distinct_slots(a):
+        v, body = refresh(a)
+        return sum_(v, divide(body, b))
+    return raw("div", a, b)
 
 
 def one_slot(sparse: list[Expr]) -> bool:
@@ -193,8 +219,6 @@ def scat(v: Var | None, cond: Expr, src: Expr, base: Expr) -> Expr:
 # ---------------------------------------------------------------- sums
 def sum_(v: Var, body: Expr) -> Expr:
     """sum over v, with the eliminations that turn scatter/sort/enumerate code into plain sums."""
-    from .expr import Enum
-
     if is_const(body, 0):
         return ZERO
     if v not in body.free:
@@ -203,6 +227,8 @@ def sum_(v: Var, body: Expr) -> Expr:
         return subst(body, {v: ZERO})
     if isinstance(v.domain, Enum):
         return _sum_enum(v, body)
+    if isinstance(v.domain, Segment):
+        return _sum_segment(v, body)
     fs = factors(body)
     conds = [f for f in fs if is_bool(f)]
     for f in conds:
@@ -217,7 +243,21 @@ def sum_(v: Var, body: Expr) -> Expr:
         return add(*[sum_(v, t) for t in body.args])
     if body.op == "sum" and is_sparse(body) and (swapped := _sparse_outermost(v, body)) is not None:
         return swapped
+    order = next((o for o in orders_of(body, v) if same_rows(o, v)), None)
+    if order is not None and (other := _any_order(v, order, body)) is not None:
+        return other
     return raw("sum", v, body)
+
+
+def _any_order(v: Var, order: Order, body: Expr) -> Expr | None:
+    """sum over sorted rows of g(unsorted row)  =  the sum over the unsorted rows."""
+    new = [Var(n) for n in order.sizes]
+    g = replace(body, {raw("perm", order, v): mix(*[x for d in new for x in (d, d.size)])})
+    if v in g.free:
+        return None
+    for d in reversed(new):
+        g = sum_(d, g)
+    return g
 
 
 def _sparse_outermost(v: Var, body: Expr) -> Expr | None:
@@ -289,8 +329,19 @@ def _sum_enum(r: Var, body: Expr) -> Expr:
     return g
 
 
+def _sum_segment(r: Var, body: Expr) -> Expr:
+    """sum over the rows of one expert's segment  =  sum over all sorted rows whose key is that expert."""
+    order, row = r.domain.order, Var(prod(r.domain.order.sizes))
+    g = replace(body, {raw("seg", r): row})
+    if r in g.free:
+        raise Refused("a sum over one expert's rows uses the row number itself")
+    key = subst(order.expr, dict(zip(order.vars, digits(perm(order, row), order.sizes))))
+    return sum_(row, mul(eq(key, const(r.domain.index)), g))
+
+
 # ---------------------------------------------------------------- substitution
 REBUILD = {
+    "div": divide,
     "add": add, "mul": mul, "eq": eq, "mix": mix, "idiv": idiv, "mod": mod, "perm": perm, "inv": inv, "sel": sel, "where": where,
     "sum": sum_, "not": negate, "below": below, "scat": scat,
 }  # fmt: skip

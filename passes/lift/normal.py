@@ -31,16 +31,18 @@ def _arm(f: Expr) -> bool:
 
 def cheap_test(expr: Expr) -> None:
     """Refuse partial sums (the accumulator inside the loop) before any work is done on them."""
-    seen, n = [], 0
+    seen: dict[tuple, list[int]] = {}
     for t in terms(expr):
         while t.op == "sum":
             t = t.args[1]
         hits = [f for f in factors(t) if _arm(f)]
         if len(hits) == 1:
-            seen.append(hits[0].args[1].args[0])
-            n = num_ids(hits[0].args[0])
-    if seen and sorted(seen) != list(range(n)):
-        raise Refused(describe_experts(sorted(seen), n))
+            ids, c = hits[0].args
+            where = tuple(a if is_const(a) else None for a in ids.args[1:]) if ids.op == "load" else ()
+            seen.setdefault((num_ids(ids), *where), []).append(c.args[0])
+    for (n, *_), have in seen.items():
+        if sorted(have) != list(range(n)):
+            raise Refused(describe_experts(sorted(have), n))
 
 
 def describe_experts(have: list[int], n: int) -> str:
@@ -76,10 +78,20 @@ def gather_experts(expr: Expr) -> tuple[Expr | None, list[Expr]]:
         ids, c = tests[0].args
         arm = (c.args[0], vs, ids, mul(*[f for f in factors(body) if f is not tests[0]]))
         groups.setdefault((alpha(ids, vs), tuple(v.size for v in vs)), []).append(arm)
-    if len(groups) != 1:
+    if not groups:
         return None, rest
-    (arms,) = groups.values()
-    return _select_arm(arms), rest
+    sums = [_select_arm(arms) for arms in groups.values()]
+    return sums[0] if len(sums) == 1 else _sum_slots(sums), rest
+
+
+def _sum_slots(sums: list[Expr]) -> Expr:
+    """f(id_0) + f(id_1) + ...: slots written out one by one, in whatever order, are a sum over k."""
+    slot = {s: [a.args[0] for a in s.args[0].args[1:] if is_const(a)] for s in sums if s.op == "sel" and s.args[0].op == "load"}
+    if len(slot) < len(sums) or any(not c for c in slot.values()):
+        raise Refused("several sums over experts are added")
+    k = Var(len(sums))
+    parts = tuple(merge_selects(s) for s in sorted(sums, key=lambda s: slot[s][-1]))
+    return raw("sum", k, Merger(k).merge(parts))
 
 
 def _select_arm(arms: list[tuple]) -> Expr:

@@ -150,10 +150,10 @@ class Builder:
         on_slot = bool(e.free & set(self.slots)) or any(x is self.ids for x in subexprs(e))
         on_feature = bool(e.free & set(feat))
         if not on_feature:
-            if not e.free & self._row_vars():
+            if self.rows and not e.free & self._row_vars():
                 raise Refused(f"a factor that belongs to no row: {show(e)[:80]}")
             return self.as_w(e)
-        if not on_slot and e.free & self._row_vars():
+        if not on_slot and (e.free & self._row_vars() or not self.rows):  # a single token has no variable
             return self.as_x(e, feat)
         if on_slot and e.op in UNARY | {"mul", "add", "cast"}:
             return self.product(e, feat) if e.op == "mul" and len(self._split(e, feat)) > 1 else self._through(e, feat)

@@ -125,15 +125,16 @@ def _push_constants(expr: Expr) -> Expr:
 
 def _peel_slots(expr: Expr, rows: list[Var]) -> tuple[list[Var], Expr]:
     """Open the sums over slots: those whose variable the ids depend on."""
-    slots = []
+    bound = []
     while expr.op == "sum":
-        v, inner = refresh(expr)
-        if not any(v in i.free for i in used_ids(inner, rows)):
-            break
-        if not isinstance(v.size, int):
-            raise Refused("a sum over tokens of the experts' outputs")
-        slots.append(v)
-        expr = inner
+        v, expr = refresh(expr)
+        bound.append(v)
+    ids = used_ids(expr, rows)
+    slots = [v for v in bound if any(v in i.free for i in ids)]
+    if any(not isinstance(v.size, int) for v in slots):
+        raise Refused("a sum over tokens of the experts' outputs")
+    for v in reversed([v for v in bound if v not in slots]):  # sums commute: those over features go inside
+        expr = raw("sum", v, expr)
     return slots, expr
 
 

@@ -77,6 +77,21 @@ def worst(got: Seen, want: Seen) -> tuple[float, str]:
     return max((error(a[n], b[n]), n) for n in b)
 
 
+def beyond_noise(got: Seen, want: Seen, exact: Seen, tolerance: float) -> list[str]:
+    """Names of what differs by more than `tolerance` and by more than eager's own rounding explains.
+
+    exact: the same in a wider type.  A sum that cancels (the gradient of a bias before a softmax) is all rounding.
+    """
+    a, b, e = got.items(), want.items(), exact.items()
+    return [n for n in b if error(a[n], b[n]) > tolerance and _off(a[n], e[n]) > 8 * _off(b[n], e[n])]
+
+
+def _off(got: Tensor | None, exact: Tensor | None) -> float:
+    if got is None or exact is None:
+        got, exact = torch.zeros(1) if got is None else got, torch.zeros(1) if exact is None else exact
+    return float((got.double() - exact.double()).abs().max()) if got.numel() else 0.0
+
+
 def distance(got: Seen, want: Seen) -> float:
     """Root mean square of all differences, each relative to its own tensor: what rounding leaves small."""
     total, count = 0.0, 0

@@ -56,13 +56,15 @@ def inputs(family: str, seed: int, tokens: int = T) -> Tensor:
     return x.to(FAMILIES[family].dtype)
 
 
-def set_routing(module: Family, routing: str) -> None:
+def set_routing(model: nn.Module, routing: str) -> None:
     """All tokens to experts 2 and 0 (`two_experts`), none to expert 1 (`empty_expert`), or as routed."""
     push = {"two_experts": {2: 8.0, 0: 6.0}, "empty_expert": {1: -40.0}}.get(routing, {})
-    with torch.no_grad():
-        module.gate.bias.copy_(module.usual_bias)
-        for e, value in push.items():
-            module.gate.bias[e] += value
+    for module in model.modules():
+        if isinstance(module, Family):
+            bias = module.usual_bias.clone()
+            for e, value in push.items():
+                bias[e] += value
+            module.gate.bias.data.copy_(bias)
 
 
 def same_meaning(family: str, mutation: str) -> bool:

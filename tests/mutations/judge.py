@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 
 import torch
-from corpus.harness import Seen, distance, missing_grads, observe, worst
+from corpus.harness import Seen, beyond_noise, distance, missing_grads, observe, worst
+from torch import Tensor, nn
 
 from mutations.catalogue import GRADIENT_ONLY, ROUNDING, ROUTINGS, build, inputs, same_meaning, set_routing
 
@@ -30,48 +32,66 @@ class Verdict:
         return f"{self.family}-{self.mutation or 'original'}"
 
 
-def judge(family: str, mutation: str | None, validate: str = "auto") -> Verdict:
+@dataclass(frozen=True)
+class Subject:
+    """What is judged: the mutant, or a stack of the original and the mutant (equal layers are analysed once)."""
+
+    family: str
+    mutation: str | None
+    second_layer: bool = False
+
+    def build(self, mutated: bool = True) -> nn.Module:
+        last = build(self.family, self.mutation if mutated else None)
+        return nn.Sequential(build(self.family, None), last) if self.second_layer else last
+
+    @property
+    def tolerance(self) -> float:
+        dtype = torch.bfloat16 if self.mutation in ROUNDING else build(self.family, None).dtype
+        return TOLERANCE[dtype] * (3 if self.second_layer else 1)
+
+
+def judge(family: str, mutation: str | None, validate: str = "auto", second_layer: bool = False) -> Verdict:
     """Compile with inner="eager"; compare with the mutant run eagerly on fresh inputs, gradients too."""
     import moe_compile
 
     torch._dynamo.reset()
-    module, report = build(family, mutation), moe_compile.RewriteReport()
+    subject, report = Subject(family, mutation, second_layer), moe_compile.RewriteReport()
+    module = subject.build()
     compiled = moe_compile.compile(module, inner="eager", validate=validate, report=report)
     cases = [(routing, 20 + seed) for seed, routing in enumerate(ROUTINGS)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = [_compare(family, mutation, module, compiled, *case) for case in cases]
+            found = [_compare(subject, module, compiled, *case) for case in cases]
     except Exception as error:  # noqa: BLE001  (a crash of the compiler is a verdict)
         return Verdict(family, mutation, "CRASH", float("inf"), reason=f"{type(error).__name__}: {error}"[:300])
     bad, error, of, none_grads = max(found)
-    status = "WRONG" if bad else "rewritten" if report.rewritten else "refused"
+    wanted = 2 if second_layer else 1
+    status = "WRONG" if bad else "rewritten" if len(report.rewritten) >= wanted else "refused"
     reasons = "; ".join(str(r.reason) for r in report.refused) or "; ".join(report.notes)
     return Verdict(family, mutation, status, error, of, reasons, none_grads)
 
 
-def _compare(family, mutation, module, compiled, routing, seed) -> tuple[bool, float, str, tuple[str, ...]]:
+def _compare(subject, module, compiled, routing, seed) -> tuple[bool, float, str, tuple[str, ...]]:
     set_routing(module, routing)
-    x = inputs(family, seed)
+    x = inputs(subject.family, seed)
     want, got = observe(module, module, x, grad=True), observe(compiled, module, x, grad=True)
     error, of = worst(got, want)
-    bad = error > _tolerance(family, mutation) or not _nearest_to_itself(
-        family, mutation, module, routing, x, got, want
-    )
+    bad = False
+    if error > subject.tolerance:
+        wider = torch.float64 if x.dtype is torch.float32 else torch.float32  # grouped_mm has no float64
+        exact = copy.deepcopy(module).to(wider)
+        off = beyond_noise(got, want, observe(exact, exact, x.to(wider), grad=True), subject.tolerance)
+        bad, of = bool(off), ", ".join(off) or of
+    bad = bad or not _nearest_to_itself(subject, routing, x, got, want)
     return bad, error, f"{of} ({routing})", tuple(missing_grads(got, want))
 
 
-def _tolerance(family: str, mutation: str | None) -> float:
-    dtype = build(family, None).dtype
-    return TOLERANCE[torch.bfloat16 if mutation in ROUNDING else dtype]
-
-
-def _nearest_to_itself(family, mutation, module, routing, x, got: Seen, want: Seen) -> bool:
+def _nearest_to_itself(subject: Subject, routing: str, x: Tensor, got: Seen, want: Seen) -> bool:
     """Where rounding forbids a tight tolerance: clearly nearer to the mutant than to the original."""
-    loose = _tolerance(family, mutation) > 1e-3
-    if not loose or mutation is None or same_meaning(family, mutation):
+    if subject.tolerance < 1e-3 or subject.mutation is None or same_meaning(subject.family, subject.mutation):
         return True
-    original = build(family, None)
+    original = subject.build(mutated=False)
     set_routing(original, routing)
     away = distance(observe(original, original, x, grad=True), want)
     return distance(got, want) <= max(0.5 * away, 1e-7) or away < 1e-7

@@ -12,6 +12,8 @@ def _zeros(it, node, *a, **k):
     shape = out_shape(node)
     if None in shape and any(isinstance(s, Value) and is_const(s.expr, 0) for s in (a[-1] if isinstance(a[-1], list | tuple) else ())):
         return Value([(Var(0),) if n is None else (Var(n),) for n in shape], ZERO)  # proved empty
+    if None in shape and len(a) == 1 and isinstance(a[0], Value):  # like a tensor whose rows are known to us
+        return Value(a[0].renamed().dims, ZERO)
     return filled(node, ZERO)
 
 

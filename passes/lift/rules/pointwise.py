@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..algebra import add, compare, eq, mul, negate, sub, unary, where
+from ..algebra import add, compare, divide, eq, mul, negate, sub, unary, where
 from ..expr import ZERO, Expr, Refused, const, is_const, raw
 from ..index import bounds, idiv, is_bool, is_int, mod
 from ..value import Value, broadcast
@@ -111,7 +111,7 @@ def _div(it, node, a, b):
             return Value(dims, x)
         if not is_int(x):
             return Value(dims, mul(x, const(1 / y.args[0])))
-    return Value(dims, raw("div", x, y))
+    return Value(dims, divide(x, y))
 
 
 @rule("floor_divide.default", "div.Tensor_mode", "div.Scalar_mode")

@@ -38,7 +38,7 @@ def total(x: Value) -> Expr:
 
 
 def _total(e: Expr, vs: list[Var]) -> Expr:
-    if vs and (c := _counted(e, vs)):
+    if vs and (c := counted(e, vs)):
         return count(*c)
     for v in vs:
         n = v.fresh()
@@ -74,7 +74,7 @@ def _as_count(e: Expr, vs: list[Var]) -> tuple[Order, Expr] | None:
     return None
 
 
-def _counted(e: Expr, vs: list[Var]) -> tuple[Order, Expr] | None:
+def counted(e: Expr, vs: list[Var]) -> tuple[Order, Expr] | None:
     """sum over vs of sum_k [key(vs, k) = other] (a one-hot or scattered 1 summed over tokens)."""
     extra = []
     while e.op == "sum":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..algebra import add, eq, mul, replace, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
-from ..index import inside, inv, perm
+from ..index import count, inside, inv, perm
 from ..sizes import prod
 from ..value import Value, broadcast, common, onto, same_domain
 from ._base import dim_of, fixed, rule
 from .mask import expand_masks
+from .reduce import counted
 from .segments import between, key_at
 
 
@@ -29,6 +30,8 @@ def scatter_sum(base: Value, d: int, idx: Value, src: Value) -> tuple[Value, Exp
     for i in other:
         table.update(zip(s.dims[i], out.dims[i]))
     e = mul(eq(subst(i_expr, table), out.index(d)), subst(s.expr, table))
+    if len(out.dims) == 1 and is_const(s.expr, 1) and (c := counted(e, rows)):
+        return out, count(*c)
     for v in reversed(rows):
         e = sum_(v, e)
     return out, e

@@ -60,10 +60,20 @@ def as_below(e: Expr) -> tuple[Order, int] | None:
         if ids == list(range(len(ids))) and (bounds(ts[0].args[0].expr) or (-1,))[0] >= 0:
             return ts[0].args[0], len(ids)
     below = [t for t in ts if t.op == "below" and is_const(t.args[1])]
+    if len(ts) == 2 and len(below) == 1 and (c := _negated_count(ts)) is not None:  # #(key < a+1) - #(key = a)
+        order, a = below[0].args[0], below[0].args[1].args[0] - 1
+        return (order, a) if c.args[0].key == order.key and is_const(c.args[1], a) else None
     if len(ts) == 2 and len(below) == 1:  # #(key < a) + #(key = a)
         other = next(t for t in ts if t is not below[0])
         if other.op == "count" and other.args[0].key == below[0].args[0].key and is_const(other.args[1], below[0].args[1].args[0]):
             return below[0].args[0], below[0].args[1].args[0] + 1
+    return None
+
+
+def _negated_count(ts: list[Expr]) -> Expr | None:
+    for t in ts:
+        if t.op == "mul" and len(t.args) == 2 and any(is_const(a, -1) for a in t.args):
+            return next((a for a in t.args if a.op == "count"), None)
     return None
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from ..algebra import same_rows
 from ..expr import Refused, Var, make_order
-from ..index import is_int, perm
+from ..index import inv, is_int, perm
 from ..sizes import prod
 from ..value import Value
 from ._base import rule
 from .segments import key_at
 
 
+def _inverse(x: Value) -> Value | None:
+    """Sorting a permutation: the sorted keys are 0, 1, 2, ... and the new permutation is its inverse."""
+    e, vs = x.expr, x.vars()
+    if e.op != "perm" or len(vs) != 1 or e.args[1] is not vs[0] or not same_rows(e.args[0], vs[0]):
+        return None
+    s = Var(vs[0].size)
+    return Value(((s,),), inv(e.args[0], s))
+
+
 @rule("sort.default", "sort.stable", "argsort.default", "argsort.stable")
 def _sort(it, node, x: Value, *args, stable=False, descending=False, dim=-1):
     if descending or any(a is True for a in args) or len(x.dims) != 1 or not is_int(x.expr):
         raise Refused("a sort of something else than a vector of ids")
+    if (back := _inverse(x)) is not None:
+        return back if "argsort" in str(node.target) else [Value(back.dims, back.vars()[0]), back]
     order = make_order(x.vars(), x.expr)
     spelled = f"{node.target} stable={stable}"
     if it.sorts.setdefault(order, spelled) != spelled:
