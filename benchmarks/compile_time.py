@@ -126,7 +126,9 @@ def table(rows: list[tuple[str, dict[str, float]]], options: argparse.Namespace)
     lines += ["| variant | first call s | our passes s | share | blocks rewritten | max relative error |", "|-|-|-|-|-|-|"]
     for name, r in rows:
         mine = sum(v for k, v in r.items() if k not in ("total", "error", "rewritten"))
-        lines.append(f"| {name} | {r['total']:.1f} | {mine:.2f} | {mine / r['total']:.1%} | {int(r.get('rewritten', 0))} | {r['error']:.1e} |")
+        lines.append(
+            f"| {name} | {r['total']:.1f} | {mine:.2f} | {mine / r['total']:.1%} | {int(r.get('rewritten', 0))} | {r['error']:.1e} |"
+        )
     best = {v: min(r["total"] for n, r in rows if n == v) for v in VARIANTS if any(n == v for n, _ in rows)}
     if len(best) == 2:
         lines += ["", f"plain / ours: {best['plain'] / best['ours']:.2f}x"]

@@ -56,6 +56,7 @@ class Backend:
         self.report = report
         self.patient = patient
         self.name = name
+        self._whole: dict[str, str] = {}  # place of a routing decision -> why it was left in the graph that the flags made
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Backend) or self.report is not other.report:
@@ -70,7 +71,7 @@ class Backend:
         started = time.perf_counter()
         original = _Snapshot(gm)
         graph_report = self._rewrite(gm, original)
-        _reconsider_flags(gm, graph_report, self.patient)
+        self._reconsider_flags(gm, graph_report)
         compiled = self._compile(gm, example_inputs, original, graph_report)
         _tell(graph_report)
         if self.report is not None:
@@ -109,6 +110,25 @@ class Backend:
         original.restore()
         report.after, report.nodes_after = report.before, report.nodes_before
         return inner.compile_graph(gm, example_inputs, self.options, self.name)
+
+    def _reconsider_flags(self, gm: GraphModule, report: GraphReport) -> None:
+        """Give up a graph that only the capture flags made possible and in which nothing was rewritten.
+
+        Sizes that only the data tells are slow at best in such a graph, and some compilers fail on them, in the backward
+        pass even after the forward pass has compiled. Raises NothingRewritten, which brings the frame back without flags;
+        if `patient`, only notes that this would happen.
+        """
+        if not flags_active() or not data_dependent(gm) or any(region.rewritten for region in report.regions):
+            for region in report.regions:  # the pieces of a broken graph tell less than the whole did
+                if not region.rewritten and region.where in self._whole:
+                    region.reason = self._whole[region.where]
+            return
+        reasons = "; ".join(dict.fromkeys(region.reason for region in report.regions if region.reason))
+        why = f"no MoE block was rewritten ({reasons or 'none was found'})"
+        if not self.patient:
+            self._whole.update({region.where: region.reason for region in report.regions if region.where and region.reason})
+            raise NothingRewritten(why)
+        report.notes.append(f"moe_compile.compile captures this frame again without Dynamo's capture flags: {why}")
 
     def reset(self) -> None:
         """Called by torch._dynamo.reset()."""
@@ -181,22 +201,6 @@ class _Drawing:
         artifact("moe_compile_before", lambda: report.before)
         artifact("moe_compile_after", lambda: report.after)
         artifact("moe_compile_report", lambda: str(report))
-
-
-def _reconsider_flags(gm: GraphModule, report: GraphReport, patient: bool) -> None:
-    """Give up a graph that only the capture flags made possible and in which nothing was rewritten.
-
-    Sizes that only the data tells are slow at best in such a graph, and some compilers fail on them, in the backward
-    pass even after the forward pass has compiled. Raises NothingRewritten, which brings the frame back without flags;
-    if `patient`, only notes that this would happen.
-    """
-    if not flags_active() or not data_dependent(gm) or any(region.rewritten for region in report.regions):
-        return
-    reasons = "; ".join(dict.fromkeys(region.reason for region in report.regions if region.reason))
-    why = f"no MoE block was rewritten ({reasons or 'none was found'})"
-    if not patient:
-        raise NothingRewritten(why)
-    report.notes.append(f"moe_compile.compile captures this frame again without Dynamo's capture flags: {why}")
 
 
 def _tell(report: GraphReport) -> None:

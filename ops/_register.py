@@ -85,9 +85,7 @@ def _define(op: Op) -> Library:
         return table[name][0].kernel(*args)
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library
-    )
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library)
     if op.autograd is not None:
         library.impl(name, lambda *args: table[name][0].autograd(*args), "Autograd")
     else:
@@ -112,6 +110,4 @@ def _define_backward(name: str, library: Library) -> None:
             )
         return found(ctx, *grads)
 
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library
-    )
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)

@@ -1,6 +1,6 @@
 """Stage op combine: each token's weighted sum over its K slots, accumulated in float32 (float64 for float64).
 
-    out[t] = sum_k w[t, k] * y[t, k]          (w = 1 without topk_weights)
+out[t] = sum_k w[t, k] * y[t, k]          (w = 1 without topk_weights)
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from . import registry
 from ._register import register_op
 
 NAME = "combine"
-SCHEMA = (
-    f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider) -> Tensor"
-)
+SCHEMA = f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider) -> Tensor"
 _CHUNK = 1 << 17  # elements of y handled at once on a CPU: 512 KiB in float32
 TOLERANCE = {
     torch.float64: (1e-12, 1e-12),
@@ -81,29 +79,40 @@ def _fake(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, p
     return y_TKO.new_empty(shape, dtype=result_dtype(y_TKO, topk_weights_TK, out_dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    y, topk_weights, handle, _, _ = inputs
-    # y is only read for the gradient of the weights, so it is not kept alive without them.
-    ctx.save_for_backward(y if topk_weights is not None else None, topk_weights)
-    ctx.shape, ctx.dtype, ctx.handles = y.shape, y.dtype, len(handle)
+class _Differentiable(torch.autograd.Function):
+    """Not by register_autograd: its handling of the Tensor[] argument costs more than a small sum."""
 
+    @staticmethod
+    def forward(ctx: Any, y: Any, topk_weights: Any, handle: list[Any], *rest: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = OP.overload(y, topk_weights, handle, *rest)
+        # y is only read for the gradient of the weights, so it is not kept alive without them.
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, topk_weights)
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+        return out
 
-def _backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
-    y, topk_weights = ctx.saved_tensors
-    dy = dw = None
-    if topk_weights is None:
-        dy = grad_TO.to(ctx.dtype).unsqueeze(1).expand(ctx.shape)
-    else:
-        dtype = accumulate_dtype(y, topk_weights)
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
+        """Plain torch, which Inductor fuses with what stands around it."""
+        y, topk_weights = ctx.saved_tensors
+        if topk_weights is None:
+            return grad_TO.to(ctx.dtype).unsqueeze(1).expand(ctx.shape), None, None, None, None
+        dtype = torch.promote_types(torch.promote_types(ctx.dtype, torch.float32), topk_weights.dtype)
         grad = grad_TO.to(dtype).unsqueeze(1)
-        if ctx.needs_input_grad[0]:
-            dy = (grad * topk_weights.to(dtype).unsqueeze(-1)).to(y.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = (grad * y.to(dtype)).sum(-1).to(topk_weights.dtype)
-    return dy, dw, [None] * ctx.handles, None, None
+        dy = (grad * topk_weights.to(dtype).unsqueeze(-1)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dw = (grad * y.to(dtype)).sum(-1).to(topk_weights.dtype) if ctx.needs_input_grad[1] else None
+        return dy, dw, None, None, None
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+def _autograd(*args: Any) -> Any:
+    y, topk_weights = args[:2]
+    if torch.is_grad_enabled() and (y.requires_grad or (topk_weights is not None and topk_weights.requires_grad)):
+        return _Differentiable.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return OP.overload(*args)
+
+
+OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -71,9 +71,7 @@ def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[A
     return values
 
 
-def reverse(
-    program: Program, types: Sequence[Value], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints
-) -> tuple[Any, Any]:
+def reverse(program: Program, types: Sequence[Value], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints) -> tuple[Any, Any]:
     """Gradients of x [R, H] and w [R, 1] (None where not needed or zero) from the result's gradient [R, O].
 
     Each adjoint has its value's dtype and shape, as in autograd.
@@ -138,9 +136,7 @@ class _Sums:
         _columns(self.sums[index], step).add_(term)
 
 
-def _spread(
-    step: Step, index: int, total: Any, values: Sequence[Any], sums: _Sums, active: tuple[bool, ...]
-) -> None:
+def _spread(step: Step, index: int, total: Any, values: Sequence[Any], sums: _Sums, active: tuple[bool, ...]) -> None:
     """Adds a pointwise step's adjoint to those of its operands."""
     if step.op == "cast":
         sums.add(step.args[0], total)

@@ -1,6 +1,6 @@
 """Stage op permute_experts_unpermute: each slot's row through its expert, results in slot order; and its backward op.
 
-    y[t, k] = f_e(x[t], w[t, k])   with e the expert of slot n = t*K + k, f the program (ops/program.py)
+y[t, k] = f_e(x[t], w[t, k])   with e the expert of slot n = t*K + k, f the program (ops/program.py)
 """
 
 from __future__ import annotations

@@ -82,6 +82,4 @@ def cost(problem: registry.Problem) -> float:
     return 1e6 + 200.0 * problem.num_experts
 
 
-PROVIDER = registry.register(
-    registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost)
-)
+PROVIDER = registry.register(registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost))

@@ -42,9 +42,7 @@ class Function:
     result: str = "promote"
 
 
-def _unary(
-    forward: Callable[..., Any], reads: str, adjoint: Callable[..., Any], *attrs: Any, result: str = "float"
-) -> Function:
+def _unary(forward: Callable[..., Any], reads: str, adjoint: Callable[..., Any], *attrs: Any, result: str = "float") -> Function:
     return Function(forward, (Partial(reads, adjoint),), attrs, result)
 
 
@@ -144,9 +142,7 @@ FUNCTIONS: dict[str, Function] = {
     "relu": _unary(torch.relu, "y", lambda g, y, a: aten.threshold_backward(g, y, 0), result="promote"),
     "leaky_relu": _unary(F.leaky_relu, "a", lambda g, y, a, s: aten.leaky_relu_backward(g, a, s, False), 0.01),
     "elu": _unary(F.elu, "a", lambda g, y, a, alpha: aten.elu_backward(g, alpha, 1.0, 1.0, False, a), 1.0),
-    "softplus": _unary(
-        F.softplus, "a", lambda g, y, a, beta, high: aten.softplus_backward(g, a, beta, high), 1.0, 20.0
-    ),
+    "softplus": _unary(F.softplus, "a", lambda g, y, a, beta, high: aten.softplus_backward(g, a, beta, high), 1.0, 20.0),
     "hardsigmoid": _unary(F.hardsigmoid, "a", lambda g, y, a: aten.hardsigmoid_backward(g, a)),
     "hardswish": _unary(F.hardswish, "a", lambda g, y, a: aten.hardswish_backward(g, a)),
     "mish": _unary(F.mish, "a", lambda g, y, a: aten.mish_backward(g, a)),

@@ -66,14 +66,9 @@ class Params:
         """Parameter j of an expert: a view, [in, out] for a weight and [out] for a bias."""
         return view(self.slots[j], self.tensors, expert)
 
-    def all(self, j: int) -> list[Any]:
-        """`of(j, e)` for every expert, in two calls for a stacked tensor."""
-        slot = self.slots[j]
-        tensors = self.tensors[slot.first : slot.first + slot.num]
-        if slot.stacked:
-            whole = tensors[0].transpose(1, 2) if slot.axes == "oi" else tensors[0]
-            return list(whole.unbind(0))
-        return [tensor.t() for tensor in tensors] if slot.axes == "oi" else list(tensors)
+    def all(self, j: int, transposed: bool = False) -> list[Any]:
+        """`of(j, e)` for every expert (or its transpose [out, in])."""
+        return views(self.slots[j], self.tensors, transposed)
 
     def fan(self, j: int) -> tuple[Any, Any]:
         """(in, out) of weight j."""
@@ -86,9 +81,24 @@ class Params:
 
 
 def view(slot: Slot, tensors: Sequence[Any], expert: int) -> Any:
-    """An expert's part of a slot as [in, out] or [out]; None where the tensor is an empty stand-in for no gradient."""
+    """An expert's part of a slot as [in, out] or [out]; None where the tensor stands in for no gradient."""
     tensor = tensors[slot.first if slot.stacked else slot.first + expert]
-    if tensor.dim() == 1 and tensor.numel() == 0:
+    if _is_stand_in(tensor):
         return None
     tensor = tensor.select(0, expert) if slot.stacked else tensor
     return tensor.t() if slot.axes == "oi" else tensor
+
+
+def views(slot: Slot, tensors: Sequence[Any], transposed: bool = False) -> list[Any]:
+    """view() for every expert, or its transpose: two calls for a stacked tensor. [] for a stand-in."""
+    own = tensors[slot.first : slot.first + slot.num]
+    if slot.stacked and _is_stand_in(own[0]):
+        return []
+    if slot.axes != "o" and (slot.axes == "oi") != transposed:
+        own = [tensor if _is_stand_in(tensor) else tensor.transpose(-2, -1) for tensor in own]
+    return list(own[0].unbind(0)) if slot.stacked else [None if _is_stand_in(tensor) else tensor for tensor in own]
+
+
+def _is_stand_in(tensor: Any) -> bool:
+    """experts.empty_grads gives an empty vector for a parameter that needs no gradient."""
+    return bool(tensor.dim() == 1 and tensor.numel() == 0)

@@ -1,7 +1,7 @@
 """Stage op quantize_dispatch: which slots each expert has, and (for comm providers that move rows) their rows.
 
-    order    slot numbers n = t*K + k sorted stably by expert; slots whose id is not in [0, E) come last
-    offsets  end of each expert's run in order, the `offs` of torch's grouped_mm
+order    slot numbers n = t*K + k sorted stably by expert; slots whose id is not in [0, E) come last
+offsets  end of each expert's run in order, the `offs` of torch's grouped_mm
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def _fake(x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str) -
     return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, []
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
-    """Rows have no elements with the local provider, so nothing flows back to x through them."""
-    return (None,) * 5
+def _autograd(*args: Any) -> Any:
+    """Provider local moves no rows, so nothing that it returns has a gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return OP.overload(*args)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _backward)
+OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ region.py      which nodes are the block, and which fall with it      (read-only
 select.py      which provider computes each stage                     (policy)
 emit.py, rewrite.py    Formula -> stage ops, spliced into the graph   (no decisions)
 standalone.py, validate.py   original against replacement, executed   (keeps or drops a rewrite)
+router/, routing.py    which router stands before a block?  -> route   (where that saves nodes)
 diff.py        normal form of a graph, for reports and tests
 run.py         drives them
 """

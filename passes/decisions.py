@@ -100,6 +100,20 @@ def feeds(d: Decision, later: Decision) -> bool:
     return False
 
 
+def leaves_graph(d: Decision) -> bool:
+    """Do the choices themselves (ids, masks, counts) leave the graph?  Then code behind a graph break may use them."""
+    todo, seen = [d.ids], set()
+    while todo:
+        n = todo.pop()
+        if n.op == "output":
+            return True
+        t = tensor_of(n)
+        if n not in seen and (t is None or not t.dtype.is_floating_point):
+            seen.add(n)
+            todo.extend(n.users)
+    return False
+
+
 def window_end(d: Decision, later: list[Decision]) -> Node | None:
     """Where the search behind d ends: at the next decision after the ids are first used."""
     first_use = min(d.ids.users)

@@ -13,6 +13,7 @@ from .lift import Formula, Interp, Refused, fresh_table, opname, read
 from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
 
+NO_EXPERTS = "nothing after this decision sums over experts"
 PATIENCE = 40  # nodes looked at after a region was found: the weighting and the sum over slots may still come
 
 
@@ -54,7 +55,7 @@ class _Search:
         self.interp: Interp | None = None
         self.best: MoERegion | None = None
         self.patience = PATIENCE
-        self.why = "nothing after this decision sums over experts"
+        self.why = NO_EXPERTS
         self.after: set[Node] = set()
         self._last: Node | None = None
 
@@ -142,9 +143,10 @@ def find_region(
     if decision.ids not in inputs:
         raise Refused("the chosen ids are not used")
     search = _Search(decision, others, _flows(nodes, ambient, training))
-    Trace(gm, nodes, inputs, ambient).run(search)
+    trace = Trace(gm, nodes, inputs, ambient)
+    trace.run(search)
     if search.best is None:
-        raise Refused("; ".join([search.why, *search.reasons()[:2]]))
+        raise Refused(trace.ended or "; ".join([search.why, *search.reasons()[:2]]))
     _no_hidden_alias(search.best)
     return search.best
 

@@ -58,6 +58,8 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], quant: st
     for n in added:
         n.meta.setdefault("stack_trace", root.meta.get("stack_trace"))
         n.meta.setdefault("nn_module_stack", root.meta.get("nn_module_stack"))
+    like = root if region.target is None else at(region.target)
+    value.meta["example_value"] = like.meta.get("example_value")  # a later window may start behind it
     root.replace_all_uses_with(value if region.target is None else at(region.target))
     dead = [root, *[at(n) for n in reversed(removed)]]
     _erase(graph, dead)
@@ -86,9 +88,6 @@ def _forget_accumulator(graph: Graph, target: Node, value: Node, added: list[Nod
     write = next(u for u in target.users if callee(u) == "copy_" and u.args[1] is value)
     if callee(target) not in CREATORS or any(order[u] < order[write] for u in target.users):
         return added
-    like, new = tensor_of(target), value.meta.get("example_value")
-    if like is None or (new is not None and shape_of(new) != shape_of(like)):
-        return added
     graph.erase_node(write)
     target.replace_all_uses_with(value)
     graph.erase_node(target)
@@ -99,12 +98,12 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     f, ops = em.region.formula, torch.ops.moe_compile
     autocast = _autocast_on(em.region)
     off = em.call(torch.amp.autocast_mode._enter_autocast, *autocast) if autocast else None
-    x_TH = em.matrix(f.x, f.x_feat)
+    x_TH = _frozen(em, "x", em.matrix(f.x, f.x_feat))
     ids_TK = em.matrix(f.ids, f.slots)
     w_TK = em.matrix(f.weight, f.slots) if f.weight is not None else None
     inner_TK = em.matrix(f.inner, f.slots) if f.inner is not None else None
-    weights = [em.parameter(p, "eio") for p in f.weights]
-    biases = [em.parameter(p, "eo") for p in f.biases]
+    weights = [_frozen_list(em, f"mm{j}", *em.parameter(p, "eio")) for j, p in enumerate(f.weights)]
+    biases = [_frozen_list(em, f"b{j}", *em.parameter(p, "eo")) for j, p in enumerate(f.biases)]
     sent = em.call(ops.quantize_dispatch.default, x_TH, ids_TK, f.num_experts, quant, providers["comm"])
     order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
     y_TKO = em.call(
@@ -120,6 +119,15 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     if off is not None:
         em.call(torch.amp.autocast_mode._exit_autocast, off)
     return _as_root(em, out)
+
+
+def _frozen(em: Emitter, name: str, n: Node) -> Node:
+    """What the original reads only where no gradient flows gets no gradient (not zeros, which an optimiser would act on)."""
+    return em.method("detach", n) if name in em.region.formula.frozen else n
+
+
+def _frozen_list(em: Emitter, name: str, nodes: list[Node], layout: str) -> tuple[list[Node], str]:
+    return [_frozen(em, name, n) for n in nodes], layout
 
 
 def _each_slot(em: Emitter, y_TKO: Node, w_TK: Node | None) -> Node:

@@ -30,13 +30,12 @@ from .decisions import callee, tensor_of
 from .lift import Refused
 from .lift.sizes import shape_of
 from .liveness import Liveness, Remap
-from .router import Router, Window, describe, read_router, traced, window_before
+from .router import Router, Window, describe, input_name, read_router, spelled_out, traced, window_before
 from .router.nodes import rows, shape, topk_part
-from .router.text import input_name
 from .routing_check import check
 from .standalone import window_module
 from .validate import Mismatch
-from .window import Ambient, ambients
+from .window import ambients
 
 log = logging.getLogger("moe_compile")
 
@@ -72,7 +71,7 @@ class Plan:
 class Outcome:
     """What became of a router: its text, and the nodes removed and added (0, 0: it stays)."""
 
-    text: str | None
+    text: str
     removed: int = 0
     added: int = 0
     check: str | None = None
@@ -91,27 +90,32 @@ class Routings:
         self.gm, self.training, self.validate = gm, training, validate
         self.ambient = ambients(gm.graph, torch.is_grad_enabled())
         self.known: dict[Any, tuple[Window, Plan | None, Outcome]] = {}
-        self.texts: dict[Node, str] = {}  # of route nodes, for a second block with the same ids
+        self.texts: dict[Node, str] = {}  # of the new nodes, for a second block with the same ids
 
     def run(self, added: Iterable[Node]) -> Outcome:
-        """The router of one block; `added`: the nodes that were spliced for it."""
+        """The router of one block; `added`: the nodes that were spliced for it.  Never raises for a router it does not like."""
         try:
             dispatch, weights = _readers(list(added))
-            if (text := self.texts.get(_producer(dispatch.args[1]))) is not None:
-                return Outcome(text)
+            if dispatch.args[1] in self.texts:
+                return Outcome(self.texts[dispatch.args[1]])
             window = window_before(dispatch, dispatch.args[1], weights, self.ambient)
             key = window.key()
             if key not in self.known:
                 self.known[key] = (window, *self._first(window))
-            return self._apply(window, *self.known[key])
         except Refused as e:
             return Outcome(f"not recovered: {e}")
+        except Exception as e:  # nothing is edited yet, and the user's model must run whatever we trip over
+            log.debug("internal error in the router pass", exc_info=True)
+            return Outcome(f"not recovered: internal error ({type(e).__name__}: {e}); please report it")
+        return self._apply(window, *self.known[key])
 
     def _first(self, window: Window) -> tuple[Plan | None, Outcome]:
         window = traced(self.gm, window)
-        router = read_router(_now(window, window.ids), None if window.weights is None else _now(window, window.weights))
-        text = _text(window, router)
+        ids, weights = _now(window, window.ids), None if window.weights is None else _now(window, window.weights)
+        text = spelled_out(ids, weights, _names(window))
         try:
+            router = read_router(ids, weights)
+            text = describe(router, weights, _names(window))
             plan = self._plan(window, router)
             return plan, Outcome(text, len(plan.removed), plan.added, self._check(window, plan))
         except (Refused, Mismatch) as e:
@@ -120,7 +124,8 @@ class Routings:
 
     def _plan(self, window: Window, router: Router) -> Plan:
         """Raises Refused where `route` cannot stand for it, or saves nothing."""
-        best = max((self._trial(window, r) for r in _alternatives(router)), key=lambda p: len(p.removed) - p.added)
+        plans = [self._trial(window, r) for r in _alternatives(router)]
+        best = max(reversed(plans), key=lambda p: len(p.removed) - p.added)
         if len(best.removed) <= best.added:
             raise Refused(f"{len(best.removed)} nodes would be replaced by {best.added}")
         return best
@@ -141,7 +146,9 @@ class Routings:
             return None
         old, _ = module_of(self.gm, window)
         new, copy = module_of(self.gm, window)
-        splice(new.graph, plan, copy.__getitem__, copy[plan.source])
+        added = splice(new.graph, plan, copy.__getitem__, copy[plan.source])
+        if self._elsewhere(plan.source):
+            _move(added, min(u for n in added for u in n.users if u not in added))
         new.recompile()
         return check(window, old, new, self.training)
 
@@ -149,19 +156,23 @@ class Routings:
         if plan is None:
             return outcome
         here = dict(zip(first.position, window.position))
-        place = self._place(plan, here)
-        if place is None:
+        source = here[plan.source]
+        if (place := self._place(plan, here)) is None:
             return Outcome(outcome.text)
-        route = splice(self.gm.graph, plan, here.__getitem__, place)
-        assert outcome.text is not None
-        self.texts[route] = outcome.text
-        return outcome
+        added = splice(self.gm.graph, plan, here.__getitem__, source)
+        if place is not source:
+            _move(added, place)
+        self.texts.update((n, outcome.text) for n in added)
+        return outcome if window is first else replace(outcome, check=None)
+
+    def _elsewhere(self, source: Node) -> bool:
+        """Is the choice made under no_grad, where the weights would get no gradients?"""
+        return self.training and not self.ambient[source].grad
 
     def _place(self, plan: Plan, here: dict[Node, Node]) -> Node | None:
-        """Where the op computes gradients if the original did: at the top-k, or (that under no_grad) at the first reader of a result."""
-        source = here[plan.source]
-        if not self.training or self.ambient[source].grad:
-            return source
+        """The user's top-k; where that is under no_grad, the first reader of a result, if it is not."""
+        if not self._elsewhere(here[plan.source]):
+            return here[plan.source]
         gone = {here[n] for n in plan.removed}
         readers = [u for c in plan.cuts for u in here[c.node].users if u not in gone]
         first = min(readers, default=None)
@@ -182,10 +193,6 @@ def _readers(added: list[Node]) -> tuple[Node, Node | None]:
     return dispatch, next((w for w in weights if isinstance(w, Node)), None)
 
 
-def _producer(n: Any) -> Any:
-    return n.args[0] if isinstance(n, Node) and n.target is operator.getitem else None
-
-
 def _now(window: Window, n: Node) -> Node:
     assert window.now is not None
     if n not in window.now:
@@ -193,10 +200,9 @@ def _now(window: Window, n: Node) -> Node:
     return window.now[n]
 
 
-def _text(window: Window, router: Router) -> str:
+def _names(window: Window) -> dict[Node, str]:
     assert window.trace is not None
-    names = {a: input_name(n, callee(n) in LAYERS) for n in window.inputs if isinstance(a := window.trace.at_def.get(n), Node)}
-    return describe(router, None if window.weights is None else _now(window, window.weights), names)
+    return {a: input_name(n, callee(n) in LAYERS) for n in window.inputs if isinstance(a := window.trace.at_def.get(n), Node)}
 
 
 # ---------------------------------------------------------------- the plan
@@ -293,9 +299,9 @@ def module_of(gm: GraphModule, window: Window) -> tuple[GraphModule, dict[Node, 
     return window_module(gm, window.inputs, window.nodes, window.ambient.autocast, seen)
 
 
-def splice(graph: Graph, plan: Plan, at: Remap, place: Node) -> Node:
-    """Put the op before `place` and take out what falls; the op's node."""
-    route = _insert(graph, plan, at, place)
+def splice(graph: Graph, plan: Plan, at: Remap, place: Node) -> list[Node]:
+    """Put the op before `place` and take out what falls; the new nodes in order."""
+    added = _insert(graph, plan, at, place)
     gone = [at(n) for n in plan.removed]
     while gone:
         free = [n for n in gone if not n.users]
@@ -304,10 +310,15 @@ def splice(graph: Graph, plan: Plan, at: Remap, place: Node) -> Node:
         for n in free:
             graph.erase_node(n)
         gone = [n for n in gone if n not in set(free)]
-    return route
+    return added
 
 
-def _insert(graph: Graph, plan: Plan, at: Remap, place: Node) -> Node:
+def _move(added: list[Node], place: Node) -> None:
+    for n in added:
+        place.prepend(n)
+
+
+def _insert(graph: Graph, plan: Plan, at: Remap, place: Node) -> list[Node]:
     new: list[Node] = []
     with graph.inserting_before(place):
         logits_TE = at(plan.logits)
@@ -327,7 +338,7 @@ def _insert(graph: Graph, plan: Plan, at: Remap, place: Node) -> Node:
             at(c.node).replace_all_uses_with(value, delete_user_cb=lambda u, kept=kept: u not in kept)
     for n in new:
         n.meta.update({k: v for k, v in at(plan.source).meta.items() if k in ("stack_trace", "nn_module_stack")})
-    return route
+    return new
 
 
-__all__ = ["Ambient", "Outcome", "Routings"]
+__all__ = ["Outcome", "Routings"]

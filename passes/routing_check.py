@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from .decisions import tensor_of
 from .router import Window
 from .validate import STRICT, Mismatch, _concrete, _double, _hint, _upcast
 from .window import symbolic
@@ -22,22 +23,26 @@ def check(window: Window, old: GraphModule, new: GraphModule, training: bool) ->
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(0x5EED)
     for kind in KINDS:
-        args = [_fresh(n, kind, generator) for n in window.inputs]
+        args = [_fresh(window, n, kind, generator) for n in window.inputs]
         _compare(_forward(old, args), _forward(new, args), EQUAL, kind)
         if training and kind != "a row of NaN":
             args = [_double(a) for a in args]
-            _compare(_gradients(old, args), _gradients(new, args), STRICT, f"{kind}, gradients in float64")
+            wanted = [(t := tensor_of(n)) is not None and t.requires_grad for n in window.inputs]
+            _compare(_gradients(old, args, wanted), _gradients(new, args, wanted), STRICT, f"{kind}, gradients in float64")
     took = f"({(time.perf_counter() - start) * 1e3:.0f} ms)"
     return f"router on {', '.join(KINDS)}: ids and weights{' and gradients' if training else ''} equal {took}"
 
 
-def _fresh(n: Node, kind: str, g: torch.Generator) -> Any:
+def _fresh(window: Window, n: Node, kind: str, g: torch.Generator) -> Any:
     v = symbolic(n)
     if isinstance(v, torch.SymInt):
         return _hint(v)
     if not isinstance(v, torch.Tensor):
         return float(v) if isinstance(v, torch.SymFloat) else v
     shape = _concrete(v.shape)
+    pinned = [f for u, f in (window.trace.floats if window.trace else {}).items() if n in u.all_input_nodes]
+    if pinned and not shape:  # a float attribute under dynamic=True
+        return torch.tensor(pinned[0], dtype=v.dtype, device=v.device)
     if not v.dtype.is_floating_point:
         return torch.zeros(shape, dtype=v.dtype, device=v.device)
     x = torch.randn(shape, generator=g)
@@ -60,10 +65,10 @@ def _run(gm: GraphModule, args: list[Any]) -> list[torch.Tensor]:
         return [t for t in tree_leaves(gm(*args)) if isinstance(t, torch.Tensor)]
 
 
-def _gradients(gm: GraphModule, args: list[Any]) -> list[torch.Tensor]:
-    """Of a fixed projection of all outputs, by every floating input."""
+def _gradients(gm: GraphModule, args: list[Any], wanted: list[bool]) -> list[torch.Tensor]:
+    """Of a fixed projection of all outputs, by every input that has them in the model."""
     with torch.enable_grad(), _upcast():
-        own = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        own = [a.clone().requires_grad_() if want else a for a, want in zip(args, wanted)]
         given = [a.clone() if isinstance(a, torch.Tensor) else a for a in own]  # in-place ops may not hit a leaf
         outputs = [t for t in _run(gm, given) if t.requires_grad]
         leaves = [a for a in own if isinstance(a, torch.Tensor) and a.requires_grad]

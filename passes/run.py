@@ -15,12 +15,13 @@ import moe_compile.ops  # noqa: F401  (registers the stage ops)
 from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
-from .decisions import Decision, decisions, feeds, tensor_of, window_end
+from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end
 from .lift import Refused, fresh_table
 from .liveness import Remap
-from .region import MoERegion, find_region
+from .region import NO_EXPERTS, MoERegion, find_region
 from .reuse import Recorded, first_match
 from .rewrite import splice, weight_layouts
+from .routing import Routings
 from .select import Choice, choose, problem_of
 from .standalone import extract
 from .validate import Mismatch, validate
@@ -51,7 +52,9 @@ def run(gm: GraphModule, options: Options) -> GraphReport:
     training = torch.is_grad_enabled() and _any_grad(gm)
     with fresh_table():
         for part in _parts(gm):
-            report.regions += _Part(part, options, training, clock).run()
+            work = _Part(part, options, training, clock)
+            report.regions += work.run()
+            report.notes += work.notes
     gm.recompile()
     report.nodes_after, report.seconds = _count(gm), clock.seconds
     return report
@@ -81,6 +84,8 @@ class _Part:
             self.table = {d.ids: d for d in self.decisions}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
+        self.notes: list[str] = []
+        self.spliced: list[tuple[RegionReport, list[Node]]] = []
 
     def run(self) -> list[RegionReport]:
         entries = []
@@ -89,13 +94,21 @@ class _Part:
             start = time.perf_counter()
             entry = self._one(d, window_end(d, self.decisions[i + 1 :]))
             entry.seconds = time.perf_counter() - start
-            if entry.rewritten or nxt is None or not feeds(d, nxt):
+            if entry.rewritten or not ((nxt is not None and feeds(d, nxt)) or self._other(d, entry)):
                 entries.append(entry)
-        if any(e.rewritten for e in entries):
+        if self.spliced:
+            self._route()
             _drop_sizes(self.gm)
             self.gm.graph.lint()
             self.gm.recompile()
         return entries
+
+    def _other(self, d: Decision, entry: RegionReport) -> bool:
+        """A top-k that has nothing to do with experts (tokens for sparse attention, a sampled token) is no block left behind."""
+        other = (entry.reason or "").startswith(NO_EXPERTS) and not leaves_graph(d)
+        if other:
+            self.notes.append(f"the {callee(d.source)} at {entry.where} chooses no experts")
+        return other
 
     def _one(self, d: Decision, until: Node | None) -> RegionReport:
         entry = RegionReport(rewritten=False, where=_where(d.ids), module=_module(d.ids))
@@ -142,12 +155,30 @@ class _Part:
         splice(new.graph, region, choice.providers, self.options.quant, lambda n: copy[n])
         new.graph.lint()
         new.recompile()
-        return validate(region, old, new, self.table, self.training)
+        try:
+            return validate(region, old, new, self.table, self.training)
+        except torch.OutOfMemoryError as e:
+            if self.options.validate == "always":
+                raise Mismatch(f"the rewrite could not be executed for validation: {str(e).splitlines()[0]}") from e
+            return "not executed, as memory for a copy of the block's inputs is lacking; the formula's proof stands alone"
 
     def _splice(self, entry: RegionReport, lifted: _Lifted, at: Remap) -> None:
         with self.clock("rewrite"):
             done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, self.options.quant, at)
         entry.rewritten, entry.nodes_before, entry.nodes_after = True, done.removed, len(done.added)
+        self.spliced.append((entry, done.added))
+
+    def _route(self) -> None:
+        """The routers in front of the blocks, once all blocks are rewritten."""
+        with self.clock("router"):
+            routings = Routings(self.gm, self.training, self.options.validate != "off")
+            for entry, added in self.spliced:
+                done = routings.run(added)
+                entry.router = done.text
+                if done.added:
+                    entry.nodes_before, entry.nodes_after = entry.nodes_before + done.removed, entry.nodes_after + done.added
+                    entry.providers = {"route": "torch", **entry.providers}
+                    entry.validation = "; ".join(filter(None, (entry.validation, done.check)))
 
 
 def _drop_sizes(gm: GraphModule) -> None:

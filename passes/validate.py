@@ -88,19 +88,17 @@ def _fresh(n: Node, decisions: dict[Node, Decision], region: MoERegion, routing:
         return _ids(shape, decisions[n], routing if n is region.decision.ids else "random", g).to(v.device, v.dtype)
     if v.dtype.is_floating_point:
         scale = 1.0 if len(shape) < 2 else max(shape[-1], 1) ** -0.25
-        return (_noise(torch.Size(shape), g) * scale).to(device=v.device, dtype=v.dtype)
+        return _noise(torch.Size(shape), v, g).mul_(scale)
     if v.dtype == torch.bool:
         return (torch.rand(shape, generator=g) < 0.5).to(v.device)
     return torch.zeros(shape, dtype=v.dtype, device=v.device)
 
 
-def _noise(shape: torch.Size, g: torch.Generator) -> torch.Tensor:
+def _noise(shape: torch.Size, like: torch.Tensor, g: torch.Generator) -> torch.Tensor:
     """Normal noise; large tensors repeat a block of prime length, as drawing billions of numbers takes longer than using them."""
     n, block = shape.numel(), 1_000_003
-    if n <= 8 * block:
-        return torch.randn(shape, generator=g)
-    tile = torch.randn(block, generator=g)
-    return tile.repeat(-(-n // block))[:n].reshape(shape)
+    tile = torch.randn(min(n, block), generator=g).to(device=like.device, dtype=like.dtype)
+    return tile.repeat(-(-n // block))[:n].reshape(shape) if n > block else tile.reshape(shape)
 
 
 def _ids(shape: list[int], d: Decision, routing: str, g: torch.Generator) -> torch.Tensor:
@@ -179,8 +177,8 @@ def _double(a: Any) -> Any:
 def _native_limit(region: MoERegion, args: list) -> float:
     """Rounding of the coarsest dtype that takes part."""
     dtypes = {a.dtype for a in args if isinstance(a, torch.Tensor)}
-    names = re.findall(r"'(\w+)'", region.formula.program) + (["bfloat16"] if region.trace.autocast_at_root else [])
-    return max(LOOSE.get(t, 0.0) for t in dtypes | {getattr(torch, n) for n in names})
+    dtypes |= {val.dtype for a in region.trace.owner if isinstance(val := a.meta.get("val"), torch.Tensor)}
+    return max(LOOSE.get(t, 0.0) for t in dtypes)
 
 
 def _compare(old: GraphModule, new: GraphModule, args: list, limit: float, what: str, training: bool, mode: Any) -> float:
@@ -216,11 +214,10 @@ def _error(got: torch.Tensor, want: torch.Tensor, name: str, what: str) -> float
 def _run(gm: GraphModule, args: list, training: bool, mode: Any) -> dict[str, torch.Tensor]:
     """Output, and in training the gradients of all inputs, by name."""
     floats = {i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
-    own = [
-        a.clone().requires_grad_(training) if i in floats else a.clone() if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)
-    ]
+    own = [a.detach().requires_grad_(training and i in floats) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
     with torch.set_grad_enabled(training), mode():
-        given = [a.clone() if i in floats and training else a for i, a in enumerate(own)]  # in-place ops may not hit a leaf
+        # in-place ops may not hit a leaf, nor what the next run reads; nobody writes into something as large as the experts' weights
+        given = [a.clone() if isinstance(a, torch.Tensor) and a.numel() <= CHEAP else a for a in own]
         out = gm(*given)
         found = {"output": out.detach()}
         if training and out.requires_grad:
@@ -233,9 +230,6 @@ def _run(gm: GraphModule, args: list, training: bool, mode: Any) -> dict[str, to
 
 
 def _cotangent(out: torch.Tensor) -> torch.Tensor:
-    return (
-        torch.linspace(-1, 1, max(out.numel(), 1), device=out.device, dtype=torch.float64)[: out.numel()]
-        .sin()
-        .reshape(out.shape)
-        .to(out.dtype)
-    )
+    n = out.numel()
+    wave = torch.linspace(-1, 1, max(n, 1), device=out.device, dtype=torch.float64)[:n].sin()
+    return wave.reshape(out.shape).to(out.dtype)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .decisions import callee
@@ -26,6 +27,9 @@ from .lift.sizes import size_of
 CREATORS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
             "new_full", "new_empty"}  # fmt: skip
 CONTEXT = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+
+
+_DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 class _Stop(Exception):
@@ -100,6 +104,7 @@ class Trace:
         self.grad, self.ambient = ambient.grad, ambient
         self._open: dict[Node, Any] = {}
         self.floats: dict[Node, float] = {}
+        self.ended: str | None = None  # why the trace ended early
         self.autocast_at_root: str | None = None  # device type
         self.env: dict[Node, Any] = {}
         self.at_def: dict[Node, Any] = {}
@@ -137,7 +142,8 @@ class Trace:
                 for n, v in zip(self.inputs, torch.utils._pytree.tree_unflatten(list(args), spec)):
                     self._record(n, v)
                 for n in self.nodes:
-                    self._record(n, self._execute(n))
+                    if not self._step(n):
+                        break
                     self.ran.append(n)
                     if visit(self, n):
                         break
@@ -165,6 +171,15 @@ class Trace:
         self.env[n] = value
         self.at_def[n] = self._holders(value)
         self._claim(n)
+
+    def _step(self, n: Node) -> bool:
+        """Run one node; False where it needs to know a size that only the data tells."""
+        try:
+            self._record(n, self._execute(n))
+        except _DATA_DEPENDENT:
+            self.ended = f"`{callee(n)}` decides by a size that only the data tells, so the code behind it was not looked at"
+            return False
+        return True
 
     def _execute(self, n: Node) -> Any:
         if callee(n) == "_set_grad_enabled":

@@ -51,6 +51,18 @@ def bounds(e: Expr) -> tuple[int, Size] | None:
         return _sum_bounds([bounds(a) for a in e.args])
     if is_bool(e):
         return (0, 2)
+    if e.op == "mul" and len(e.args) == 2:
+        return _scaled_bounds(e)
+    return None
+
+
+def _scaled_bounds(e: Expr) -> tuple[int, Size] | None:
+    """A number times a bounded index."""
+    for c, x in (e.args, e.args[::-1]):
+        b = bounds(x)
+        if is_const(c) and isinstance(c.args[0], int) and b is not None and isinstance(b[1], int):
+            ends = (c.args[0] * b[0], c.args[0] * (b[1] - 1))
+            return (min(ends), max(ends) + 1)
     return None
 
 

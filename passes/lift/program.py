@@ -71,6 +71,9 @@ class Builder:
     w: Expr | None = None
     weights: list[Param] = field(default_factory=list)
     biases: list[Param] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)  # "x", "w", "mm0", "b1": read by the program, and of those
+    live: set[str] = field(default_factory=set)  # read where gradients flow
+    _stopped: int = 0
     _expert: dict[Expr, bool] = field(default_factory=dict)
 
     # ------------------------------------------------------------ what an expression depends on
@@ -124,6 +127,8 @@ class Builder:
         a = e.args
         if e.op == "add":
             return " + ".join(self.vec(x, feat) for x in a)
+        if e.op == "stop":
+            return self.stopped(a[0], feat)
         if e.op in UNARY:
             return f"{e.op}({self.vec(a[0], feat)})"
         if e.op in BINARY:
@@ -143,6 +148,17 @@ class Builder:
         if e.op == "where":
             return f"where({', '.join(self.vec(x, feat) for x in a)})"
         raise Refused(f"`{e.op}` inside the expert's function")
+
+    def stopped(self, e: Expr, feat: tuple[Var, ...]) -> str:
+        self._stopped += 1
+        text = f"stop({self.vec(e, feat)})"
+        self._stopped -= 1
+        return text
+
+    def reads(self, name: str) -> None:
+        self.used.add(name)
+        if not self._stopped:
+            self.live.add(name)
 
     # ------------------------------------------------------------ the token, the routing weight
     def outside(self, e: Expr, feat: tuple[Var, ...]) -> str:
@@ -174,6 +190,7 @@ class Builder:
         if self.w is not None and self.w is not e:
             raise Refused("two different routing weights inside the experts")
         self.w = e
+        self.reads("w")
         return "w"
 
     def as_x(self, e: Expr, feat: tuple[Var, ...]) -> str:
@@ -184,6 +201,7 @@ class Builder:
             self.x = (e, feat)
         elif alpha(self.x[0], self.x[1]) != alpha(e, feat) or [v.size for v in self.x[1]] != [v.size for v in feat]:
             raise Refused("the expert's layers read different inputs")
+        self.reads("x")
         return "x"
 
     # ------------------------------------------------------------ parameters
@@ -203,11 +221,15 @@ class Builder:
         if not operand.free & set(vs):
             raise Refused("a sum of an expert's weights that multiplies no input")
         rows = self.vec(operand, order)  # type: ignore[arg-type]  # inner layers are numbered first
-        return columns(f"mm({numbered(self.weights, param)}, {rows})", param)
+        j = numbered(self.weights, param)
+        self.reads(f"mm{j}")
+        return columns(f"mm({j}, {rows})", param)
 
     def bias(self, e: Expr, feat: tuple[Var, ...]) -> str:
         param = self.param(e, feat, [])
-        return columns(f"b({numbered(self.biases, param)})", param)
+        j = numbered(self.biases, param)
+        self.reads(f"b{j}")
+        return columns(f"b({j})", param)
 
     def param(self, load: Expr, feat: Sequence[Var], ins: Sequence[Var]) -> Param:
         leaf, idx = load.args[0], load.args[1:]

@@ -14,6 +14,8 @@ from .program import Builder, Param
 from .sizes import prod, quotient
 from .value import Value
 
+NOTHING_SUMMED = "no sum over experts"
+
 
 @dataclass
 class Formula:
@@ -21,6 +23,7 @@ class Formula:
 
     `weight` None: unweighted.  `inner`: the routing weight that the program itself uses as `w`, None if it does not.
     `summed` False: out[rows, slots, feat], the slots' rows as they are (nobody adds them up, or only later).
+    `frozen`: what the program reads only where no gradient flows ("x", "w", "mm0", "b1"): it gets none, not zeros.
     """
 
     dims: tuple[tuple[Var, ...], ...]
@@ -39,6 +42,7 @@ class Formula:
     rest: list[Expr] = field(default_factory=list)
     dtype: Any = None
     summed: bool = True
+    frozen: frozenset[str] = frozenset()
 
     @property
     def top_k(self) -> int:
@@ -46,7 +50,8 @@ class Formula:
 
     def score(self) -> tuple[bool, bool]:
         """Prefer the node after the sum over the slots, and after the weighting."""
-        return (self.summed and bool(self.slots)) or is_const(self.ids.args[-1]), self.weight is not None
+        one_slot = any(is_const(x.args[-1]) for x in loads(self.ids) if x.args[0].range is not None)
+        return (self.summed and bool(self.slots)) or one_slot, self.weight is not None
 
 
 def read(value: Value, dtype: torch.dtype) -> Formula:
@@ -56,6 +61,8 @@ def read(value: Value, dtype: torch.dtype) -> Formula:
     expr, rest = _one_term(value.expr, rows)
     expr = merge_selects(expr)
     if bad := leftovers(expr):
+        if not used_ids(expr, rows):
+            raise Refused(NOTHING_SUMMED)
         raise Refused("routing machinery is left in the formula: " + ", ".join(sorted(bad)))
     expr = _drop_cast(expr, dtype)
     slots, body = _peel_slots(_push_constants(expr), rows)
@@ -92,7 +99,7 @@ def _one_term(expr: Expr, rows: list[Var]) -> tuple[Expr, list[Expr]]:
     ts = terms(expr)
     mine = [t for t in ts if used_ids(t, rows) or leftovers(t) or _selects(t)]
     if len(mine) != 1:
-        raise Refused("no sum over experts" if not mine else "several sums over experts are added")
+        raise Refused(NOTHING_SUMMED if not mine else "several sums over experts are added")
     return mine[0], [t for t in ts if t is not mine[0]]
 
 
@@ -163,6 +170,7 @@ def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torc
     _no_capture(b, rest, feat)
     w = mul(*weight) if weight else None
     rows, slots = _unsummed(b)
+    frozen = frozenset(b.used - b.live)
     return Formula(
         value.dims,
         rows,
@@ -180,6 +188,7 @@ def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torc
         rest,
         dtype,
         not slots or bool(b.slots),
+        frozen,
     )
 
 

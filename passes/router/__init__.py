@@ -8,7 +8,7 @@ text.py     Router -> "w = renorm(topk_2(softmax(logits)))"
 """
 
 from .read import Router, read_router
-from .text import describe
+from .text import describe, input_name, spelled_out
 from .window import Window, traced, window_before
 
-__all__ = ["Router", "Window", "describe", "read_router", "traced", "window_before"]
+__all__ = ["Router", "Window", "describe", "input_name", "read_router", "spelled_out", "traced", "window_before"]

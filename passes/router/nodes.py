@@ -51,9 +51,15 @@ def is_last(a: Any, dim: Any) -> bool:
 
 
 def rows(a: Any) -> Any:
-    """Past views that keep the last dimension: the same rows in the same order."""
-    while (op(a) in ROW_VIEWS and shape(a)[-1:] == shape(a.args[0])[-1:]) or (op(a) == "expand" and shape(a) == shape(a.args[0])):
-        a = a.args[0]
+    """Past views that keep the last dimension (the same rows in the same order), or that come back to it."""
+    while op(a) in ROW_VIEWS or op(a) == "expand":
+        inner = a.args[0]
+        if shape(a) == shape(inner) or (op(a) != "expand" and shape(a)[-1:] == shape(inner)[-1:]):
+            a = inner
+        elif op(a) == op(inner) == "view" and shape(a) == shape(inner.args[0]):
+            a = inner.args[0]
+        else:
+            break
     return a
 
 
@@ -66,7 +72,7 @@ def plain(a: Any) -> Any:
 
 def uncast(a: Any) -> tuple[Any, torch.dtype | None]:
     """(what is cast, to which float dtype); (a, None) if nothing is."""
-    if op(a) != "_to_copy" or set(a.kwargs) - {"dtype"} or not floats(a, a.args[0]):
+    if op(a) != "_to_copy" or not floats(a, a.args[0]) or a.meta["val"].device != a.args[0].meta["val"].device:
         return a, None
     return a.args[0], dtype(a)
 

@@ -88,7 +88,7 @@ def _weighing(a: Node, topk: Node, ids: Node) -> Router | None:
     if w.source is None or rows(w.source) is rows(topk.args[0]):
         origin = "scores" if groups is None and bias is None else "choice"
     elif rows(w.source) in (rows(scores), plain(scores)):  # a detached choice chooses the same
-        scores, origin = w.source, "scores"
+        scores, origin = rows(w.source), "scores"
     else:
         return None
     name, cast, logits = _scores(scores)

@@ -14,12 +14,13 @@ from torch.fx import Node
 
 from moe_compile.ops.route import Routing
 
-from .nodes import dtype, floats, op, rows
+from .nodes import ROW_VIEWS, dtype, floats, op, rows
 from .read import Router
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-SHORT = {"_softmax": "softmax", "max": "max", "index": "gather"}
-DEPTH = 6
+SHORT = {"_softmax": "softmax", "_log_softmax": "log_softmax", "log_sigmoid_forward": "logsigmoid"}
+END = 2**63 - 1
+DEPTH, LONG = 8, 200
 
 
 def describe(router: Router, weights: Node | None, names: dict[Node, str]) -> str:
@@ -37,6 +38,15 @@ def describe(router: Router, weights: Node | None, names: dict[Node, str]) -> st
         known[rows(router.weights)] = known[router.weights] = f"({mine})" if re.search(r" [-+/*] ", mine) else mine
         mine = _plain(expression(weights, known))
     return f"{text}w = {mine}"
+
+
+def spelled_out(ids: Node, weights: Node | None, names: dict[Node, str]) -> str:
+    """A router that is none of route's: the ops themselves."""
+    chosen = _plain(expression(ids, names))
+    text = f"ids = {chosen}"
+    if weights is not None:
+        text += f"; w = {_plain(expression(weights, {**names, ids: 'ids', rows(ids): 'ids'}))}"
+    return text if len(text) <= LONG else f"{text[: LONG - 1]}…"
 
 
 def _plain(text: str) -> str:
@@ -83,25 +93,32 @@ def expression(a: Any, known: dict[Node, str], depth: int = DEPTH) -> str:
     """An ATen node in words, down to what is known."""
     if not isinstance(a, Node):
         return f"{a:g}" if isinstance(a, float) else str(a)
-    r = a if a in known else rows(a)
-    if r in known:
-        return known[r]
-    if depth == 0 or r.op != "call_function":
-        return "…"
-    if op(r) == "getitem" and not floats(r):
-        return f"arg{expression(r.args[0], known, depth - 1)}"
-    if op(r) == "getitem" and r.args[1] == 0:
-        return expression(r.args[0], known, depth - 1)
-    if op(r) == "_to_copy":
-        return f"{_name(r.meta['val'].dtype)}({expression(r.args[0], known, depth - 1)})"
-    operands = [expression(x, known, depth - 1) for x in r.args if isinstance(x, Node) or op(r) in INFIX]
-    if op(r) in INFIX and len(operands) == 2:
-        return f"({operands[0]} {INFIX[op(r)]} {operands[1]})"
-    if op(r) == "index":
-        return f"{operands[0]}[{', '.join(expression(x, known, depth - 1) for x in r.args[1])}]"
-    if op(r) == "topk":
-        return f"topk_{r.args[1]}({operands[0]})"
-    return f"{SHORT.get(op(r), op(r))}({', '.join(operands)})"
+    r = a
+    while r not in known and op(r) in (*ROW_VIEWS, "expand", "contiguous"):
+        r = r.args[0]
+    if r in known or r.op != "call_function" or depth == 0:
+        return known.get(r, "…")
+    arguments = list(r.args[0]) if op(r) == "cat" else [x for x in r.args if isinstance(x, Node) or op(r) in INFIX]
+    texts = [expression(x, known, depth - 1) for x in arguments]
+    return _call(r, op(r), texts, [expression(x, known, depth - 1) for x in r.args[1]] if op(r) == "index" else [])
+
+
+def _call(a: Node, name: str, texts: list[str], ids: list[str]) -> str:
+    if name in INFIX and len(texts) == 2:
+        return f"({texts[0]} {INFIX[name]} {texts[1]})"
+    first = _plain(texts[0]) if texts else ""
+    if name == "getitem":
+        return first if floats(a) else f"arg{first}"
+    if name == "index":
+        return f"{texts[0]}[{', '.join(ids)}]"
+    if name == "slice":
+        start, end = (*a.args, 0, END)[2:4]
+        return f"{texts[0]}[{start or ''}:{'' if end == END else end}]"
+    if name == "_to_copy":
+        return f"{_name(a.meta['val'].dtype)}({first})"
+    if name == "topk":
+        return f"topk_{a.args[1]}({first})"
+    return f"{SHORT.get(name, name)}({', '.join([first, *texts[1:]])})"
 
 
 def input_name(n: Node, layer: bool) -> str:

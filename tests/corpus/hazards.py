@@ -37,7 +37,7 @@ class Block(nn.Module):
         out = torch.zeros_like(x) if out is None else out
         for e in range(E):
             tok, slot = torch.where(ids == e)
-            out.index_add_(0, tok, self.expert(x[tok], e) * w[tok, slot, None])
+            out.index_add_(0, tok, (self.expert(x[tok], e) * w[tok, slot, None]).to(out.dtype))
         return out
 
     def forward(self, x: Tensor) -> Tensor:

@@ -167,5 +167,5 @@ class DenseLoop(Loop):
         if self.mutation == "dense_scores":
             return self.scores(x)
         if self.mutation == "scatter_adds":
-            return torch.full((x.shape[0], E), 0.1).scatter_add(1, ids, w)
-        return torch.zeros(x.shape[0], E).scatter(1, ids, w)
+            return torch.full((x.shape[0], E), 0.1, dtype=w.dtype).scatter_add(1, ids, w)
+        return torch.zeros(x.shape[0], E, dtype=w.dtype).scatter(1, ids, w)

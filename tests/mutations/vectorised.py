@@ -123,7 +123,7 @@ class DenseBmm(Family):
         m = self.mutation
         if m == "dense_scores":
             return self.scores(x).t()
-        empty = torch.ones(x.shape[0], E) if m == "scatter_on_ones" else torch.zeros(x.shape[0], E)
+        empty = torch.full((x.shape[0], E), float(m == "scatter_on_ones"), dtype=w.dtype)
         scores = empty.scatter(1, ids, w)
         if m == "scores_untransposed":
             return scores.reshape(E, -1)
@@ -155,6 +155,8 @@ class InputWeighted(Family):
         return (y.mean(0) if m == "mean_over_experts" else y.sum(0)).view_as(hidden)
 
     def scattered(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
-        empty = torch.ones(x.shape[0], E) if self.mutation == "scatter_on_ones" else torch.zeros(x.shape[0], E)
+        empty = (
+            torch.ones(x.shape[0], E, dtype=w.dtype) if self.mutation == "scatter_on_ones" else torch.zeros(x.shape[0], E, dtype=w.dtype)
+        )
         scores = empty.scatter(1, ids, w)
         return scores.roll(1, 1) if self.mutation == "scores_of_neighbour" else scores
