@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from . import combine, comm_local, experts, experts_cpu, experts_reference, quantize_dispatch, registry, route
+from . import combine, comm_local, experts, experts_cpu, experts_cuda, experts_reference, quantize_dispatch, registry, route
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
@@ -35,6 +35,8 @@ __all__ = [
     "combine",
     "comm_local",
     "experts",
+    "experts_cpu",
+    "experts_cuda",
     "experts_reference",
     "parse",
     "providers",

@@ -87,10 +87,17 @@ def _define(op: Op) -> Library:
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library)
     if op.autograd is not None:
-        library.impl(name, lambda *args: table[name][0].autograd(*args), "Autograd")
+        library.impl(name, lambda *args: _autograd_of(name)(*args), "Autograd")
     else:
         _define_backward(name, library)
     return library
+
+
+def _autograd_of(name: str) -> Callable[..., Any]:
+    autograd = _table()[name][0].autograd
+    if autograd is None:
+        raise RuntimeError(f"{NAMESPACE}::{name} was registered again without its autograd kernel; start a new process")
+    return autograd
 
 
 def _define_backward(name: str, library: Library) -> None:

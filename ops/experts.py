@@ -54,7 +54,7 @@ class Call:
     weights: Params
     biases: Params
     program: Program
-    values: list[Value]
+    values: tuple[Value, ...]
     top_k: int
 
     @property
@@ -99,8 +99,8 @@ def prepare(
         Inputs(
             Value(x.shape[1], x.dtype),
             None if topk_weights is None else Value(1, topk_weights.dtype),
-            weight_params.fan,
-            lambda j: Value(bias_params.first(j).shape[-1], bias_params.first(j).dtype),
+            tuple(weight_params.fan(j) for j in range(len(weight_params.slots))),
+            tuple(Value(tensor.shape[-1], tensor.dtype) for tensor in bias_params.firsts()),
         ),
     )
     return Call(x, order, offsets, topk_weights, weight_params, bias_params, parsed, values, top_k)

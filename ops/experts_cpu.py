@@ -9,6 +9,7 @@ what was tried.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ def multiply(lefts: Sequence[Any], rights: Sequence[Any], outs: Sequence[Any]) -
         torch.mm(left, right, out=out)
 
 
+@functools.lru_cache(maxsize=1024)
 def inner_products(program: Program) -> frozenset[int]:
     """Weights whose products only feed other products: their values may lie feature by feature in memory.
 
@@ -128,7 +130,7 @@ class Rows:
         self.ends = call.offsets.tolist()
         self.used = self.ends[-1] if self.ends else 0
         self.tokens = call.order if call.top_k == 1 else call.order.div(call.top_k, rounding_mode="floor")
-        self.flat_w = None if call.topk_weights is None else call.topk_weights.reshape(-1, 1)
+        self.flat_w: Any = None if call.topk_weights is None else call.topk_weights.reshape(-1, 1)
         self.blocks = cut(self.ends, rows_per_block(call))
 
     def reads(self, block: Block, mm: Callable[[int, Any], Any]) -> Reads:
@@ -232,7 +234,7 @@ class Sums:
         self.weights = [views(slot, self.grads[2:split_at]) for slot in call.weights.slots]
         self.biases = [views(slot, self.grads[split_at:]) for slot in call.biases.slots]
         self.seen: set[tuple[int, int]] = set()
-        self.dx_TH = torch.zeros_like(call.x, dtype=sum_dtype(call.x.dtype)) if needs_grad[0] else None
+        self.dx_TH: Any = torch.zeros_like(call.x, dtype=sum_dtype(call.x.dtype)) if needs_grad[0] else None
         for grad in (self.grads[1], *self.grads[split_at:]):
             grad.zero_()
 

@@ -1,8 +1,9 @@
 """The functions an expert program may call: one row each with forward, derivatives and result type.
 
-A row is `name: Function(forward, partials, ...)`. forward(*operands, *attrs) is the torch function itself, so that a
-program means what the eager code meant (operators rather than torch.add: they take a number on either side). partials[i].adjoint(grad, y, *operands, *attrs) is the
-adjoint of operand i, given the result y; the aten *_backward functions are used where autograd uses them, so gradients agree with eager's to the bit.
+A row is `name: Function(forward, partials, ...)`. forward(*operands, *attrs) is the torch function itself, so that a program means
+what the eager code meant (operators rather than torch.add: they take a number on either side).
+partials[i].adjoint(grad, y, *operands, *attrs) is the adjoint of operand i, given the result y; the aten *_backward functions are
+used where autograd uses them, so gradients agree with eager's to the bit.
 """
 
 from __future__ import annotations

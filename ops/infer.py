@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,23 +21,50 @@ class Value(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Types of what a program reads: the row, the routing weight (None: not given), weight j (in, out), bias j."""
+    """Types of what a program reads: the row, the routing weight (None: not given), weights (in, out), biases."""
 
     x: Value
     w: Value | None
-    weight: Callable[[int], tuple[Any, Any]]
-    bias: Callable[[int], Value]
+    weights: tuple[tuple[Any, Any], ...]
+    biases: tuple[Value, ...]
 
 
-def infer(program: Program, inputs: Inputs) -> list[Value]:
+def infer(program: Program, inputs: Inputs) -> tuple[Value, ...]:
     """The type of each step. Raises ValueError naming the program and the step that does not fit its operands."""
+    widths = [inputs.x.width, *(width for pair in inputs.weights for width in pair)]
+    if all(type(width) is int for width in widths):
+        return _infer_cached(program, inputs, torch.get_default_dtype())
+    return _infer(program, inputs)  # SymInts have no hash
+
+
+@functools.lru_cache(maxsize=1024)
+def _infer_cached(program: Program, inputs: Inputs, default_dtype: Any) -> tuple[Value, ...]:
+    return _infer(program, inputs)
+
+
+def _infer(program: Program, inputs: Inputs) -> tuple[Value, ...]:
     values: list[Value] = []
     for step in program.steps:
         try:
             values.append(_infer_step(step, [values[arg] for arg in step.args], inputs))
         except _Misfit as error:
             raise ValueError(f"expert program {program.text!r}: {error}") from None
-    return values
+    return tuple(values)
+
+
+def product_dtypes(program: Program, x: Any, w: Any = torch.float32, bias: Any = torch.float32) -> tuple[Any, ...]:
+    """The dtype of the rows of each product, from the dtypes of what the program reads; widths play no part."""
+    values: list[Value] = []
+    for step in program.steps:
+        args = [values[arg] for arg in step.args]
+        known = {"x": x, "w": w, "b": bias, "cast": step.attrs[0] if step.op == "cast" else None}
+        if step.op in known:
+            values.append(Value(1, known[step.op]))
+        elif step.op in ("mm", "cols", "stop"):
+            values.append(args[0])
+        else:
+            values.append(Value(0, None, step.attrs[0]) if step.op == "const" else Value(1, _result_dtype(step, args)))
+    return tuple(values[step.args[0]].dtype for step in program.steps if step.op == "mm")
 
 
 class _Misfit(Exception):
@@ -60,7 +88,7 @@ def _w(step: Step, args: list[Value], inputs: Inputs) -> Value:
 
 
 def _mm(step: Step, args: list[Value], inputs: Inputs) -> Value:
-    fan_in, fan_out = inputs.weight(step.attrs[0])
+    fan_in, fan_out = inputs.weights[step.attrs[0]]
     if args[0].width != fan_in:
         raise _Misfit(f"mm({step.attrs[0]}, ...) takes rows of width {fan_in}, got {args[0].width}")
     return Value(fan_out, args[0].dtype)
@@ -82,7 +110,7 @@ _SPECIAL: dict[str, Callable[[Step, list[Value], Inputs], Value]] = {
     "w": _w,
     "const": _const,
     "mm": _mm,
-    "b": lambda step, args, inputs: inputs.bias(step.attrs[0]),
+    "b": lambda step, args, inputs: inputs.biases[step.attrs[0]],
     "cols": _cols,
     "cast": _cast,
     "stop": lambda step, args, inputs: args[0],

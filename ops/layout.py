@@ -79,6 +79,9 @@ class Params:
         """The tensor that tells parameter j's dtype and width."""
         return self.tensors[self.slots[j].first]
 
+    def firsts(self) -> list[Any]:
+        return [self.tensors[slot.first] for slot in self.slots]
+
 
 def view(slot: Slot, tensors: Sequence[Any], expert: int) -> Any:
     """An expert's part of a slot as [in, out] or [out]; None where the tensor stands in for no gradient."""

@@ -102,10 +102,7 @@ def _in_best_groups(choice_TE: Any, routing: Routing) -> Any:
     """Is an expert in one of the best top_groups of num_groups groups?"""
     tokens, experts = choice_TE.shape
     grouped = choice_TE.view(tokens, routing.num_groups, experts // routing.num_groups)
-    if routing.group_score == "max":
-        group_scores = grouped.max(-1).values
-    else:
-        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    group_scores = grouped.max(-1).values if routing.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
     best = torch.topk(group_scores, routing.top_groups, dim=-1, sorted=False).indices
     keep = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
     return keep.unsqueeze(-1).expand(grouped.shape).reshape(tokens, experts)

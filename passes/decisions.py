@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -65,13 +66,15 @@ def _decision(n: Node) -> Decision | None:
     return None
 
 
-def _argument(n: Node, i: int, name: str):
+def _argument(n: Node, i: int, name: str) -> Any:
     return n.args[i] if len(n.args) > i else n.kwargs.get(name)
 
 
 def _facts(ids: Node, source: Node, kind: str) -> Decision | None:
     scores, chosen = tensor_of(_argument(source, 0, "input")), tensor_of(ids)
-    if scores is None or chosen is None or not scores.dtype.is_floating_point or scores.dim() == 0:
+    if chosen is None or chosen.dtype.is_floating_point or (kind in ("max", "min") and not isinstance(_argument(source, 1, "dim"), int)):
+        return None  # the larger of two tensors, say
+    if scores is None or not scores.dtype.is_floating_point or scores.dim() == 0:
         return None
     d = _argument(source, 2 if kind == "topk" else 1, "dim")
     d = (d if isinstance(d, int) else -1) % scores.dim()
@@ -98,6 +101,15 @@ def feeds(d: Decision, later: Decision) -> bool:
             if writes_in_place(n) and isinstance(n.args[0], Node):  # what was written is read under the tensor's own name
                 todo.extend(u for u in n.args[0].users if n < u)
     return False
+
+
+def written(d: Decision, graph: Graph) -> bool:
+    """Does anything write into the memory of d's ids?  Then what the top-k made sure of no longer holds."""
+    mine = tensor_of(d.ids)
+    if mine is None:
+        return True
+    targets = (tensor_of(n.kwargs.get("out", n.args[0] if n.args else None)) for n in graph.nodes if writes_in_place(n))
+    return any(t is not None and t.untyped_storage()._cdata == mine.untyped_storage()._cdata for t in targets)
 
 
 def leaves_graph(d: Decision) -> bool:

@@ -146,7 +146,7 @@ class Emitter:
             groups = [_flat([i], [n]) for i, n in zip(idx, sizes)]
             if any(not set(g) <= set(want) for g in groups):
                 raise Refused(f"no graph code for {show(e)[:80]}")
-            order = sorted(range(len(idx)), key=lambda i: want.index(groups[i][0]))
+            order = sorted(range(len(idx)), key=lambda i: want.index(groups[i][0]))  # type: ignore[arg-type]
             if [v for i in order for v in groups[i]] != want:
                 raise Refused(f"no graph code for {show(e)[:80]}")
             node = self.method("permute", node, *order)

@@ -97,7 +97,7 @@ class Liveness:
             seen.add(a)
             owner = self.trace.owner.get(a)
             stays = owner is not None and owner not in removed and owner is not self.root
-            if stays and writes_in_place(at(owner)) and _writes(at(owner), n):  # type: ignore[arg-type]
+            if stays and writes_in_place(at(owner)) and _writes(at(owner), at(n)):  # type: ignore[arg-type]
                 return True
             todo.extend(a.all_input_nodes)
         return False

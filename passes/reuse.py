@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .decisions import Decision, callee
+from .decisions import Decision, callee, tensor_of
 from .lift.sizes import size_of
 from .liveness import is_assertion
 from .region import MoERegion
@@ -37,7 +37,19 @@ class Recorded:
         if any(a.args != b.args or a.kwargs != b.kwargs for a, b in zip(ambient.autocast, self.ambient.autocast)):
             return None
         walk = _Walk(self, d, decisions)
-        return walk.table if walk.same() else None
+        return walk.table if walk.same() and self._same_aliases(walk.table) else None
+
+    def _same_aliases(self, table: dict[Node, Node]) -> bool:
+        """Do the same inputs share memory?  What is written through one name may be read through another."""
+        old = [n for n in self.region.inputs if tensor_of(n) is not None and n in table]
+        return _groups(old) == _groups([table[n] for n in old])
+
+
+def _groups(nodes: list[Node]) -> list[int]:
+    """For each node the position of the first one whose tensor has the same memory."""
+    first: dict[int, int] = {}
+    memory = (t.untyped_storage()._cdata for n in nodes if (t := tensor_of(n)) is not None)
+    return [first.setdefault(m, i) for i, m in enumerate(memory)]
 
 
 class _Walk:

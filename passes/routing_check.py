@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from .decisions import tensor_of
-from .router import Window
+from .router import Traced
 from .validate import STRICT, Mismatch, _concrete, _double, _hint, _upcast
 from .window import symbolic
 
@@ -18,29 +18,30 @@ EQUAL = 1e-6  # of weights, relative to the largest; ids are equal to the bit
 KINDS = ("random logits", "ties", "a row of NaN")
 
 
-def check(window: Window, old: GraphModule, new: GraphModule, training: bool) -> str:
+def check(traced: Traced, old: GraphModule, new: GraphModule, training: bool) -> str:
     """Raises Mismatch; returns words for the report."""
     start = time.perf_counter()
+    inputs = traced.window.inputs
     generator = torch.Generator().manual_seed(0x5EED)
     for kind in KINDS:
-        args = [_fresh(window, n, kind, generator) for n in window.inputs]
+        args = [_fresh(traced, n, kind, generator) for n in inputs]
         _compare(_forward(old, args), _forward(new, args), EQUAL, kind)
         if training and kind != "a row of NaN":
             args = [_double(a) for a in args]
-            wanted = [(t := tensor_of(n)) is not None and t.requires_grad for n in window.inputs]
+            wanted = [(t := tensor_of(n)) is not None and t.requires_grad for n in inputs]
             _compare(_gradients(old, args, wanted), _gradients(new, args, wanted), STRICT, f"{kind}, gradients in float64")
     took = f"({(time.perf_counter() - start) * 1e3:.0f} ms)"
     return f"router on {', '.join(KINDS)}: ids and weights{' and gradients' if training else ''} equal {took}"
 
 
-def _fresh(window: Window, n: Node, kind: str, g: torch.Generator) -> Any:
+def _fresh(traced: Traced, n: Node, kind: str, g: torch.Generator) -> Any:
     v = symbolic(n)
     if isinstance(v, torch.SymInt):
         return _hint(v)
     if not isinstance(v, torch.Tensor):
         return float(v) if isinstance(v, torch.SymFloat) else v
     shape = _concrete(v.shape)
-    pinned = [f for u, f in (window.trace.floats if window.trace else {}).items() if n in u.all_input_nodes]
+    pinned = [f for u, f in traced.trace.floats.items() if n in u.all_input_nodes]
     if pinned and not shape:  # a float attribute under dynamic=True
         return torch.tensor(pinned[0], dtype=v.dtype, device=v.device)
     if not v.dtype.is_floating_point:

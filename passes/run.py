@@ -15,7 +15,7 @@ import moe_compile.ops  # noqa: F401  (registers the stage ops)
 from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
-from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end
+from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
 from .liveness import Remap
 from .region import NO_EXPERTS, MoERegion, find_region
@@ -81,7 +81,7 @@ class _Part:
         self.gm, self.options, self.training, self.clock = gm, options, training, clock
         with clock("decisions"):
             self.decisions = decisions(gm.graph)
-            self.table = {d.ids: d for d in self.decisions}
+            self.table = {d.ids: d for d in self.decisions if not written(d, gm.graph)}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
         self.notes: list[str] = []
@@ -103,6 +103,10 @@ class _Part:
             self.gm.recompile()
         return entries
 
+    def _facts(self, d: Decision) -> dict[Node, Decision]:
+        """What is known of the ids that d's window reads: d's own, and those of other decisions that nothing writes to."""
+        return {**self.table, d.ids: d}
+
     def _other(self, d: Decision, entry: RegionReport) -> bool:
         """A top-k that has nothing to do with experts (tokens for sparse attention, a sampled token) is no block left behind."""
         other = (entry.reason or "").startswith(NO_EXPERTS) and not leaves_graph(d)
@@ -114,7 +118,7 @@ class _Part:
         entry = RegionReport(rewritten=False, where=_where(d.ids), module=_module(d.ids))
         try:
             with self.clock("lift"):
-                again = first_match([k.recorded for k in self.known], d, self.ambient[d.ids], self.table)
+                again = first_match([k.recorded for k in self.known], d, self.ambient[d.ids], self._facts(d))
             if again is not None:
                 self._repeat(entry, *again)
             else:
@@ -128,7 +132,7 @@ class _Part:
 
     def _lift(self, entry: RegionReport, d: Decision, until: Node | None) -> None:
         with self.clock("lift"):
-            region = find_region(self.gm, d, self.table, until, self.ambient[d.ids], self.training)
+            region = find_region(self.gm, d, self._facts(d), until, self.ambient[d.ids], self.training)
         _describe(entry, region)
         with self.clock("select"):
             choice = choose(problem_of(region, weight_layouts(region), self.options.quant, self.training))
@@ -136,7 +140,7 @@ class _Part:
         if self.options.validate != "off":
             with self.clock("validate"):
                 entry.validation = self._validate(region, choice)
-        lifted = _Lifted(Recorded(region, self.ambient[d.ids], self.table), choice, entry)
+        lifted = _Lifted(Recorded(region, self.ambient[d.ids], self._facts(d)), choice, entry)
         self._splice(entry, lifted, lambda n: n)
         self.known.append(lifted)
 
@@ -156,7 +160,7 @@ class _Part:
         new.graph.lint()
         new.recompile()
         try:
-            return validate(region, old, new, self.table, self.training)
+            return validate(region, old, new, self._facts(region.decision), self.training)
         except torch.OutOfMemoryError as e:
             if self.options.validate == "always":
                 raise Mismatch(f"the rewrite could not be executed for validation: {str(e).splitlines()[0]}") from e
@@ -199,7 +203,7 @@ class _Lifted:
 
 def _describe(entry: RegionReport, region: MoERegion) -> None:
     f = region.formula
-    weight = {None: ""}.get(f.weight, "w[t,k] * ")
+    weight = "" if f.weight is None else "w[t,k] * "
     rest = " + what stood in the accumulator" if f.rest else ""
     entry.formula = f"out[t] = sum_k {weight}f(x[t]; ids[t,k]){rest},  f(x) = {f.program}"
     entry.num_experts, entry.top_k = f.num_experts, f.top_k

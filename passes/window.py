@@ -54,7 +54,9 @@ def collect(first: Node, until: Node | None) -> tuple[list[Node], list[Node]]:
     while n.op not in ("output", "root") and n is not until:
         body.append(n)
         n = n.next
-    inside, pulled, inputs = set(body), {}, {}
+    inside = set(body)
+    pulled: dict[Node, None] = {}
+    inputs: dict[Node, None] = {}
     for n in body:
         for a in n.all_input_nodes:
             if a not in inside and a not in pulled and a not in inputs:
@@ -236,7 +238,7 @@ def _fake_mode(nodes: Iterable[Node]) -> FakeTensorMode:
     raise ValueError("the graph's nodes carry no fake tensors; it does not come from Dynamo")
 
 
-def _quiet(env: Any):
+def _quiet(env: Any) -> contextlib.ExitStack:
     """No guards from analysis, and fresh data-dependent symbols are nobody's business."""
     stack = contextlib.ExitStack()
     if env is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_compile.passes.lift.algebra import add, compare, divide, eq, mul, negate, scat, sub, sum_, unary, where
 from moe_compile.passes.lift.expr import Enum, Expr, Leaf, Order, Segment, Var, const, make_order, raw
-from moe_compile.passes.lift.index import count, idiv, inv, mix, mod, perm, sel
+from moe_compile.passes.lift.index import count, digits, idiv, inv, mix, mod, perm, sel
 
 FEW = settings(
     max_examples=int(__import__("os").environ.get("N", "150")),
@@ -60,7 +60,10 @@ def routing_ids(tokens: int, top_k: int, experts: int, distinct: bool, g: torch.
 
 @dataclass
 class World:
-    """Sizes, tensors and free variables of one example.  `T` may be a symbol; the tensors have its number of rows."""
+    """Sizes, tensors and free variables of one example.
+
+    `T` may be a symbol; the tensors have its number of rows.  `scale` holds powers of two, `anything` integers without a known range.
+    """
 
     T: Any
     K: int
@@ -71,6 +74,7 @@ class World:
     x: Leaf
     dense: Leaf
     scale: Leaf
+    anything: Leaf
     order: Order
     evaluator: Evaluator
     free: list[Var]
@@ -93,13 +97,14 @@ def worlds(draw: st.DrawFn, symbolic: bool = False) -> World:
     ids, w = routing_ids(tokens, top_k, experts, distinct, g), dyadic((tokens, top_k), g)
     x, dense = dyadic((tokens, hidden), g), dyadic((tokens, experts), g)
     scale = 2.0 ** torch.randint(-2, 3, (tokens,), generator=g).double()
+    anything = torch.randint(-3, 7, (tokens,), generator=g)
     leaves = [
         leaf("ids", ids, (0, experts), distinct, (T, top_k)), leaf("w", w, shape=(T, top_k)), leaf("x", x, shape=(T, hidden)),
-        leaf("dense", dense, shape=(T, experts)), leaf("scale", scale, shape=(T,)),
+        leaf("dense", dense, shape=(T, experts)), leaf("scale", scale, shape=(T,)), leaf("anything", anything, shape=(T,)),
     ]  # fmt: skip
     t, k = Var(T), Var(top_k)
     order = make_order([t, k], raw("load", leaves[0], t, k))
-    tensors = dict(zip((a.nodes[0] for a in leaves), (ids, w, x, dense, scale)))
+    tensors = dict(zip((a.nodes[0] for a in leaves), (ids, w, x, dense, scale, anything)))
     free = [Var(T), Var(top_k), Var(experts), Var(hidden), Var(T * top_k)]
     return World(T, top_k, experts, hidden, *leaves, order, Evaluator(tensors, {SYMBOL: tokens}), free)
 
@@ -117,6 +122,14 @@ class Grower:
         return self.one_of(options)()
 
     # ------------------------------------------------------------ indices: integers in range(n)
+    def number(self, n: Any, depth: int, scope: list[Any]) -> Pair:
+        """An index in range(n), or an integer that may be anywhere."""
+        if self.draw(st.integers(0, 4)):
+            return self.index(n, depth, scope)
+        a = self.load(self.world.anything, 0, scope)
+        b = self.index(n, max(depth - 1, 0), scope)
+        return a if self.draw(st.booleans()) else Pair(raw("add", a.plain, b.plain), add(a.simple, b.simple))
+
     def index(self, n: Any, depth: int, scope: list[Any]) -> Pair:
         options: list[Callable[[], Pair]] = [lambda v=v: same(v) for v in scope if isinstance(v, Var) and v.size == n] * 2
         options += [lambda c=c: same(c) for c, size in coordinates(scope) if size == n] * 3
@@ -139,7 +152,7 @@ class Grower:
         return options
 
     def _mod(self, n: Any, depth: int, scope: list[Any]) -> Pair:
-        a = self.index(self.one_of(self.world.sizes), depth, scope)
+        a = self.number(self.one_of(self.world.sizes), depth, scope)
         return Pair(raw("mod", a.plain, n), mod(a.simple, n))
 
     def _idiv(self, n: Any, depth: int, scope: list[Any]) -> Pair:
@@ -175,6 +188,36 @@ class Grower:
         return Pair(raw("load", leaf, *[a.plain for a in at]), raw("load", leaf, *[a.simple for a in at]))
 
     # ------------------------------------------------------------ conditions
+    def equation_in(self, v: Var, depth: int, scope: list[Any]) -> Pair:
+        """[a(v) = b] as scatter, sort and enumerate code makes it: v itself, its digits, a mixed index, a sorted row, a sorted key."""
+        w, n = self.world, v.size
+        parts = self.one_of([d for d in (1, 2, 3) if isinstance(n, int) and n % d == 0] or [1])
+        sides: list[Callable[[], tuple[Any, Pair]]] = [lambda: (n, same(v))]
+        if isinstance(n, int):
+            sides.append(lambda: (n // parts, Pair(raw("idiv", v, parts), idiv(v, parts))))
+            sides.append(lambda: (parts, Pair(raw("mod", v, parts), mod(v, parts))))
+            sides.append(lambda: self._mixed(v, depth, scope))
+        if n == w.T * w.K:
+            sides += [lambda: (n, Pair(raw("perm", w.order, v), perm(w.order, v))), lambda: (w.E, self.sorted_key(v))] * 2
+        size, a = self.one_of(sides)()
+        b = self.number(size, depth, scope)
+        pair = Pair(raw("eq", a.plain, b.plain), eq(a.simple, b.simple))
+        return pair if self.draw(st.booleans()) else Pair(raw("eq", b.plain, a.plain), eq(b.simple, a.simple))
+
+    def _mixed(self, v: Var, depth: int, scope: list[Any]) -> tuple[Any, Pair]:
+        other = self.index(2, depth, scope)
+        args = [(v, v.size), (other, 2)] if self.draw(st.booleans()) else [(other, 2), (v, v.size)]
+        plain = [y for d, n in args for y in (d.plain if isinstance(d, Pair) else d, n)]
+        simple = [y for d, n in args for y in (d.simple if isinstance(d, Pair) else d, n)]
+        return v.size * 2, Pair(raw("mix", *plain), mix(*simple))
+
+    def sorted_key(self, v: Var) -> Pair:
+        """ids at sorted row v."""
+        w = self.world
+        plain = raw("perm", w.order, v)
+        at = [raw("idiv", plain, w.K), raw("mod", plain, w.K)]
+        return Pair(raw("load", w.ids, *at), raw("load", w.ids, *digits(perm(w.order, v), (w.T, w.K))))
+
     def condition(self, depth: int, scope: list[Any]) -> Pair:
         options = [lambda: self._equation(depth - 1, scope)] * 3 + [lambda: self._comparison(depth - 1, scope)]
         if depth > 0:
@@ -183,14 +226,14 @@ class Grower:
 
     def _equation(self, depth: int, scope: list[Any]) -> Pair:
         n = self.one_of(self.world.sizes)
-        a = self.index(n, depth, scope)
-        b = self.grow([lambda: self.index(n, depth, scope), lambda: same(const(self.draw(st.sampled_from([0, 1, 2, 7, -1, 0.5]))))])
+        a = self.number(n, depth, scope)
+        b = self.grow([lambda: self.number(n, depth, scope), lambda: same(const(self.draw(st.sampled_from([0, 1, 2, 7, -1, 0.5]))))])
         return Pair(raw("eq", a.plain, b.plain), eq(a.simple, b.simple))
 
     def _comparison(self, depth: int, scope: list[Any]) -> Pair:
         op, n = self.one_of(["lt", "le", "gt", "ge", "ne"]), self.one_of(self.world.sizes)
-        a = self.index(n, depth, scope)
-        b = self.grow([lambda: self.index(n, depth, scope), lambda: same(const(self.draw(st.sampled_from([0, 1, 3, -1, 0.5]))))])
+        a = self.number(n, depth, scope)
+        b = self.grow([lambda: self.number(n, depth, scope), lambda: same(const(self.draw(st.sampled_from([0, 1, 3, -1, 0.5]))))])
         return Pair(raw(op, a.plain, b.plain), compare(op, a.simple, b.simple))
 
     def _nonzero(self, depth: int, scope: list[Any]) -> Pair:
@@ -258,6 +301,9 @@ class Grower:
     def _sum(self, depth: int, scope: list[Any]) -> Pair:
         v = self.grow([lambda: Var(self.one_of(self.world.sizes)), lambda: self.rows(depth), lambda: self.segment()])  # type: ignore[arg-type,return-value]
         body = self.scalar(depth, [*scope, v])  # type: ignore[list-item]
+        if v.size is not None and self.draw(st.booleans()):  # type: ignore[union-attr]
+            test = self.equation_in(v, min(depth, 1), scope)  # type: ignore[arg-type]
+            body = Pair(raw("mul", test.plain, body.plain), mul(test.simple, body.simple))
         return Pair(raw("sum", v, body.plain), sum_(v, body.simple))  # type: ignore[arg-type]
 
     def rows(self, depth: int) -> Var:
@@ -272,8 +318,39 @@ class Grower:
 
     def slot_sum(self, depth: int, scope: list[Any]) -> Pair:
         """sum_k [ids[t, k] = e] g(k), perhaps over fewer slots."""
-        k = Var(self.draw(st.integers(1, self.world.K)))
         t, e = self.index(self.world.T, 0, scope), self.index(self.world.E, 0, scope)
+        return self._slot_sum_at(t, e, depth, scope)
+
+    def slots(self, depth: int, t: Pair, e: Pair, scope: list[Any]) -> Pair:
+        """An expression of what is scattered to one (token, expert): where most of the lemmas about sparse sums meet."""
+        if depth == 0:
+            return self._slot_sum_at(t, e, 0, scope)
+        a = self.slots(depth - 1, t, e, scope)
+        what = self.draw(st.integers(0, 8))
+        if what <= 2:
+            b = self.slots(depth - 1, t, e, scope)
+            return Pair(raw("mul", a.plain, b.plain), mul(a.simple, b.simple))
+        if what == 3:
+            b = self.slots(depth - 1, t, e, scope)
+            return Pair(raw("add", a.plain, b.plain), add(a.simple, b.simple))
+        if what == 4:
+            (op, *extra) = self.one_of(UNARY)
+            return Pair(raw(op, a.plain, *extra), unary(op, a.simple, *extra))
+        if what == 5:
+            b = self.load(self.world.scale, 0, scope)
+            return Pair(raw("div", a.plain, b.plain), divide(a.simple, b.simple))
+        if what == 6:
+            b = self.slots(depth - 1, t, e, scope)
+            c = Pair(raw("ne", b.plain, const(0)), compare("ne", b.simple, const(0)))
+            return Pair(raw("where", c.plain, a.plain, const(0)), where(c.simple, a.simple, const(0)))
+        if what == 7:
+            c = Pair(raw("gt", a.plain, const(0)), compare("gt", a.simple, const(0)))
+            return Pair(raw("mul", c.plain, a.plain), mul(c.simple, a.simple))
+        b = self.scalar(1, scope)
+        return Pair(raw("mul", b.plain, a.plain), mul(b.simple, a.simple))
+
+    def _slot_sum_at(self, t: Pair, e: Pair, depth: int, scope: list[Any]) -> Pair:
+        k = Var(self.draw(st.integers(1, self.world.K)))
         g = self.grow([lambda: same(const(1)), lambda: self._slot_value(t, k), lambda: self.scalar(depth, [*scope, k])])
         tests = [raw("load", self.world.ids, a, k) for a in t]
         plain = raw("sum", k, raw("mul", raw("eq", tests[0], e.plain), g.plain))

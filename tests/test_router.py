@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from corpus.harness import error
 from torch import Tensor, nn
 
 from moe_compile import passes
+from moe_compile.ops.route import Routing
 from moe_compile.options import Options
 from moe_compile.passes import routing
 from moe_compile.passes.validate import Mismatch
@@ -62,7 +64,7 @@ class Compiled:
         x = example() if x is None else x
         with torch.set_grad_enabled(self.training):
             for got, want in zip(self._observe(self.fn, x), self._observe(self.module, x), strict=True):
-                assert error(got, want) < 1e-5 or (torch.equal(got.isnan(), want.isnan()) and error(got, want) < 1e-5)
+                assert error(got, want) < 1e-5
         return self
 
     def _observe(self, fn: Callable[..., Any], x: Tensor) -> list[Tensor]:
@@ -82,7 +84,7 @@ class Compiled:
     def routes(self) -> list[Any]:
         """The constants of each `route` in the graphs."""
         ops = [n for gm in self.graphs for n in gm.graph.nodes if n.target is torch.ops.moe_compile.route.default]
-        return [routing.Routing(*n.args[2:]) for n in ops]
+        return [Routing(*n.args[2:]) for n in ops]
 
 
 def example(seed: int = 1, tokens: int = T, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -258,8 +260,8 @@ def test_dtypes_are_part_of_the_routing():
 
 def test_under_autocast_the_casts_are_written_out():
     block = Block(softmax_of_chosen)
-    compiled = Compiled(block, training=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    compiled = Compiled(block)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         got, want = compiled.fn(example())[0], block(example())[0]
     assert error(got, want) < 5e-2
     assert "logits" in (compiled.router or "")
@@ -343,7 +345,7 @@ def _by_sort(m: Block, logits: Tensor) -> Routed:
 def test_near_miss_stays(route):
     compiled = Compiled(Block(route), training=True).check()
     assert compiled.report.regions[0].rewritten
-    assert not any(r.normalize != "none" or (r.score == "softmax" and route is _weights_of_logits) for r in compiled.routes)
+    assert all(r.normalize == "none" for r in compiled.routes)
     if route in (_smallest, _by_sort, _weights_of_logits):
         assert not compiled.routes
 
@@ -453,7 +455,7 @@ def test_a_wrong_constant_does_not_validate(monkeypatch):
 
     def off(*a: Any) -> Any:
         plan = plan_of(*a)
-        return routing.replace(plan, routing=plan.routing._replace(eps=1e-3))
+        return dataclasses.replace(plan, routing=plan.routing._replace(eps=1e-3))
 
     monkeypatch.setattr(routing, "plan_of", off)
     assert not Compiled(Block(biased_choice)).check().routes

@@ -7,7 +7,10 @@ ops keep that promise (a slot of no expert gives a zero row).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
 
 from .expr import BINDERS, ONE, ZERO, Enum, Expr, Order, Refused, Segment, Var, alpha, const, factors, is_const, raw
 from .index import below, bounds, digits, idiv, inside, inv, is_bool, is_int, mix, mod, perm, sel
@@ -96,7 +99,7 @@ def one_slot(sparse: list[Expr]) -> bool:
     """Do these sparse sums all pick the same slot?  sum_k [id_k=e] a_k * sum_k [id_k=e] b_k = sum_k [id_k=e] a_k b_k."""
     if len(sparse) == 1:
         return True
-    tests = {alpha(slot_test(s), [s.args[0]]) for s in sparse}  # type: ignore[arg-type]
+    tests = {(s.args[0].size, alpha(slot_test(s), [s.args[0]])) for s in sparse}  # type: ignore[arg-type]
     return len(tests) == 1 and all(map(distinct_slots, sparse))
 
 
@@ -128,7 +131,7 @@ def refresh(s: Expr) -> tuple[Var, Expr]:
 
 
 def eq(a: Expr, b: Expr) -> Expr:
-    if a is b:
+    if a is b and is_int(a):  # a float may be NaN
         return ONE
     if is_const(a):
         a, b = b, a
@@ -185,7 +188,7 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
     return raw("where", c, a, b)
 
 
-def unary(op: str, a: Expr, *extra) -> Expr:
+def unary(op: str, a: Expr, *extra: Any) -> Expr:
     """Pointwise f(a); f([c] x) = [c] f(x) when f(0) = 0."""
     if op in ZERO_AT_ZERO and a.op == "mul" and (cs := [f for f in a.args if is_bool(f)]):
         rest = mul(*[f for f in a.args if not is_bool(f)])
@@ -193,6 +196,8 @@ def unary(op: str, a: Expr, *extra) -> Expr:
     if op in ZERO_AT_ZERO and a.op == "sum" and distinct_slots(a):  # f(sum_k [id_k = e] x_k) = sum_k [id_k = e] f(x_k)
         v, body = refresh(a)
         return sum_(v, unary(op, body, *extra))
+    if op == "cast" and is_const(a) and not is_bool(a):
+        return const(torch.tensor(a.args[0], dtype=extra[0]).item())
     if op in ("cast", "stop") and (is_const(a) or is_bool(a)):
         return a
     if op in ZERO_AT_ZERO and is_const(a, 0):
@@ -306,7 +311,7 @@ def _unsort(v: Var, order: Order, a: Expr, b: Expr, rest: Expr) -> Expr:
     return body
 
 
-def orders_of(e: Expr, v: Var):
+def orders_of(e: Expr, v: Var) -> Iterator[Order]:
     """Orders whose permutation is applied to exactly v inside e."""
     if e.op == "perm" and e.args[1] is v:
         yield e.args[0]
@@ -340,7 +345,7 @@ def _sum_segment(r: Var, body: Expr) -> Expr:
 
 
 # ---------------------------------------------------------------- substitution
-REBUILD = {
+REBUILD: dict[str, Callable[..., Expr]] = {
     "div": divide,
     "add": add, "mul": mul, "eq": eq, "mix": mix, "idiv": idiv, "mod": mod, "perm": perm, "inv": inv, "sel": sel, "where": where,
     "sum": sum_, "not": negate, "below": below, "scat": scat,

@@ -160,10 +160,10 @@ def alpha(e: Expr, order: Sequence[Var] = ()) -> Any:
     def go(x: Any, names: dict) -> Any:
         if not isinstance(x, Expr):
             return x.key if isinstance(x, Order) else x
-        if x.op == "var":
+        if isinstance(x, Var):
             return ("v", names.get(x, ("free", x.id)))
-        if x.op in BINDERS and isinstance(x.args[0], Var):
-            names = {**names, x.args[0]: ("b", len(names))}
+        if x.op in BINDERS and isinstance(v := x.args[0], Var):
+            names = {**names, v: ("b", len(names), v.size, v.domain and v.domain.key)}
         return (x.op, *(go(a, names) for a in x.args))
 
     return go(e, {v: i for i, v in enumerate(order)})

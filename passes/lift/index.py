@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .expr import ONE, ZERO, Expr, Order, Refused, Var, const, is_const, raw
 from .sizes import Size, at_most, prod, quotient
@@ -98,7 +99,7 @@ def pairs(args: Sequence) -> list[tuple]:
     return list(zip(args[::2], args[1::2]))
 
 
-def mix(*args) -> Expr:
+def mix(*args: Any) -> Expr:
     """Mixed radix number: digit, size, digit, size, ..."""
     out: list[tuple] = []
     for d, n in pairs(args):
@@ -199,8 +200,9 @@ def count(order: Order, v: Expr) -> Expr:
 
 
 def below(order: Order, v: Expr) -> Expr:
-    """Number of keys < v (keys are >= 0)."""
-    return ZERO if is_const(v) and v.args[0] <= 0 else raw("below", order, v)
+    """Number of keys < v."""
+    least = bounds(order.expr)
+    return ZERO if is_const(v) and least is not None and v.args[0] <= least[0] else raw("below", order, v)
 
 
 __all__ = [

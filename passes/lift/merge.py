@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .algebra import subst
 from .expr import BINDERS, Expr, Leaf, Refused, Var, raw
 from .index import sel
@@ -36,7 +38,7 @@ class Merger:
             return self._stack(parts)
         return raw(a.op, *[self._argument(a.op, tuple(p.args[i] for p in parts)) for i in range(len(a.args))])
 
-    def _argument(self, op: str, xs: tuple):
+    def _argument(self, op: str, xs: tuple) -> Any:
         if isinstance(xs[0], Expr):
             return self.merge(xs)
         if any(x != xs[0] for x in xs):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from .algebra import distinct_slots, mul, refresh, slot_test, subst
 from .expr import ZERO, Expr, Refused, Var, alpha, factors, is_const, loads, raw, subexprs, terms
-from .index import bounds, is_int, sel
+from .index import bounds, inside, is_int, sel
 from .merge import Merger
 
 MACHINERY = {"perm", "inv", "coord", "seg", "count", "below", "scat", "undef", "rows"}
@@ -152,7 +152,8 @@ def resolve(part: Expr, ids: Expr, i: int) -> Expr:
             test = slot_test(x)
             assert test is not None  # distinct_slots implies it
             a, b = test.args
-            if is_const(b, i) and a.args[0] is ids.args[0] and a.args[1:-1] == ids.args[1:-1]:
+            same = a.args[0] is ids.args[0] and a.args[1:-1] == ids.args[1:-1]
+            if is_const(b, i) and same and inside(ids.args[-1], x.args[0].size):
                 return subst(mul(*[f for f in factors(x.args[1]) if f is not test]), {x.args[0]: ids.args[-1]})
         return x
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -310,12 +311,12 @@ def numbered(known: list[Param], p: Param) -> int:
     return len(known) - 1
 
 
-def _layout_key(p: Param):
+def _layout_key(p: Param) -> Any:
     return (tuple(p.leaf.nodes), tuple(tuple(("o" if d.role == "c" else d.role) for d in dim) for dim in p.dims), tuple(
         tuple(d.size for d in dim) for dim in p.dims))  # fmt: skip
 
 
-def number(c) -> str:
+def number(c: Any) -> str:
     return "None" if c is None else repr(float(c)) if isinstance(c, bool) else repr(c)
 
 

@@ -155,7 +155,8 @@ def _selector(body: Expr, rows: list[Var]) -> Expr:
 
 def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torch.dtype) -> Formula:
     feat = value.dims[-1] if value.dims else ()
-    weight, f = [], []
+    weight: list[Expr] = []
+    f: list[Expr] = []
     for x in factors(body):
         (weight if not x.free & set(feat) and not b.has_expert(x) else f).append(x)
     numbers = [x for x in weight if is_const(x)]

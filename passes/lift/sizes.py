@@ -76,4 +76,5 @@ def at_most(a: Size, b: Size) -> bool:
         return False
     if isinstance(a, int) and isinstance(b, int):
         return a <= b
-    return isinstance(quotient(b, a), int)
+    q = quotient(b, a)
+    return isinstance(q, int) and q >= 1

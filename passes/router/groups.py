@@ -16,7 +16,7 @@ from .nodes import argument, dtype, is_last, is_number, op, plain, rows, shape, 
 
 
 class Groups(NamedTuple):
-    count: int
+    number: int
     best: int
     score: str  # max | top2_sum
     fill: float  # the score of experts outside of the best groups

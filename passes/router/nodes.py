@@ -79,7 +79,7 @@ def uncast(a: Any) -> tuple[Any, torch.dtype | None]:
 
 def topk_part(a: Any, i: int) -> Any:
     """The largest-K over the last dimension whose values (0) or indices (1) these are, else None."""
-    topk = a.args[0] if op(a) == "getitem" and a.args[1] == i else None
+    topk: Any = a.args[0] if op(a) == "getitem" and a.args[1] == i else None
     if op(topk) != "topk" or not isinstance(argument(topk, 1, "k"), int) or not argument(topk, 3, "largest", True):
         return None
     return topk if is_last(topk.args[0], argument(topk, 2, "dim", -1)) else None

@@ -106,7 +106,7 @@ def _weighing(a: Node, topk: Node, ids: Node) -> Router | None:
 def _constants(topk: Node, groups: Groups | None, **known: Any) -> Routing:
     g = groups or Groups(1, 1, "max", 0.0)
     return Routing(
-        top_k=argument(topk, 1, "k"), sorted=argument(topk, 4, "sorted", True), num_groups=g.count, top_groups=g.best,
+        top_k=argument(topk, 1, "k"), sorted=argument(topk, 4, "sorted", True), num_groups=g.number, top_groups=g.best,
         group_score=g.score, group_fill=g.fill, **known,
     )  # fmt: skip
 

@@ -119,10 +119,3 @@ def _call(a: Node, name: str, texts: list[str], ids: list[str]) -> str:
     if name == "topk":
         return f"topk_{a.args[1]}({first})"
     return f"{SHORT.get(name, name)}({', '.join([first, *texts[1:]])})"
-
-
-def input_name(n: Node, layer: bool) -> str:
-    """ "bias" for l_self_modules_..._buffers_e_score_correction_bias_, "logits" for the output of a layer."""
-    if layer:
-        return "logits"
-    return re.split(r"_(?:parameters|buffers)_", n.name)[-1].strip("_")

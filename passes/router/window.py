@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,6 @@ class Window:
 
     nodes: in program order, in-place writers and changes of mode included; inputs: what they read from outside, in the order of use.
     ids, weights: what the dispatch and the combine read (weights: None where nothing weighs); ambient: in force before the first node.
-    trace, now: filled by `traced`, as in MoERegion.
     """
 
     nodes: list[Node]
@@ -33,8 +33,6 @@ class Window:
     ids: Node
     weights: Node | None
     ambient: Ambient
-    trace: Trace | None = None
-    now: dict[Node, Node] | None = None
 
     def __post_init__(self) -> None:
         self.position = {n: i for i, n in enumerate([*self.inputs, *self.nodes])}
@@ -73,8 +71,32 @@ def _kind(v: Any) -> Any:
     return type(v), repr(v)
 
 
-def window_before(dispatch: Node, ids: Node, weights: Node | None, ambient: dict[Node, Ambient]) -> Window:
+@dataclass(frozen=True)
+class Traced:
+    """A window with its ATen graph; `now`: the ATen node that holds each node's value at the window's end."""
+
+    window: Window
+    trace: Trace
+    now: dict[Node, Node]
+
+    def value(self, n: Node | None) -> Any:
+        if n is not None and n not in self.now:
+            raise Refused(f"the value of {n.name} is not known")
+        return None if n is None else self.now[n]
+
+    def names(self) -> dict[Node, str]:
+        """What the inputs are called: "logits" is the output of a layer, "bias" l_self_modules_..._buffers_e_score_correction_bias_."""
+        held = ((self.trace.at_def.get(n), n) for n in self.window.inputs)
+        return {a: "logits" if callee(n) in LAYERS else _tail(n.name) for a, n in held if isinstance(a, Node)}
+
+
+def _tail(name: str) -> str:
+    return re.split(r"_(?:parameters|buffers)_", name)[-1].strip("_")
+
+
+def window_before(dispatch: Node, weights: Node | None, ambient: dict[Node, Ambient]) -> Window:
     """Raises Refused where the way back to the logits is too long."""
+    ids: Any = dispatch.args[1]
     goals = [n for n in (ids, weights) if n is not None]
     found = _ancestors(goals)
     nodes = _in_order(found, dispatch)
@@ -143,12 +165,12 @@ def _with_context(nodes: list[Node], end: Node) -> list[Node]:
     return out
 
 
-def traced(gm: GraphModule, window: Window) -> Window:
-    """The same with its ATen graph.  Raises Refused where an input is not known."""
+def trace_window(gm: GraphModule, window: Window) -> Traced:
+    """Raises Refused where an input is not known."""
     unknown = [n.name for n in window.inputs if symbolic(n) is None]
     if unknown:
         raise Refused(f"nothing is known about {', '.join(unknown)}")
-    trace, now = Trace(gm, window.nodes, window.inputs, window.ambient), {}
+    trace, now = Trace(gm, window.nodes, window.inputs, window.ambient), dict[Node, Node]()
 
     def at_end(trace: Trace, n: Node) -> bool:
         if n is window.nodes[-1]:
@@ -159,4 +181,4 @@ def traced(gm: GraphModule, window: Window) -> Window:
         return False
 
     trace.run(at_end)
-    return Window(window.nodes, window.inputs, window.ids, window.weights, window.ambient, trace, now)
+    return Traced(window, trace, now)

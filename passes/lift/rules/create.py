@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..expr import ONE, UNDEF, ZERO, Refused, Var, const, is_const
 from ..value import Value
 from ._base import filled, known_shape, out_shape, rule
@@ -25,7 +27,9 @@ def _ones(it, node, *a, **k):
 @rule("full.default", "full_like.default", "new_full.default", "fill.Scalar")
 def _full(it, node, x, *a, **k):
     value = a[-1] if a else k["fill_value"]
-    return filled(node, value.expr if isinstance(value, Value) else const(value))
+    if isinstance(value, Value):
+        return filled(node, value.expr)
+    return filled(node, const(torch.tensor(value, dtype=node.meta["val"].dtype).item()))
 
 
 @rule("empty.memory_format", "empty_like.default", "new_empty.default")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from ..algebra import subst
-from ..expr import ZERO, Refused
+from ..expr import ZERO, Refused, raw
 from ..index import digits, inside
 from ..sizes import at_most
 from ..value import Value, broadcast
 from ._base import dim_of, rule
-from .mask import expand_masks
+from .mask import enumerate_, expand_masks
 
 
 @rule("index.Tensor")
 def _index(it, node, x: Value, idx):
-    idx = expand_masks(idx)
+    return gather_rows(x, expand_masks(idx, node.args[1]))
+
+
+def gather_rows(x: Value, idx: list) -> Value:
+    """x[idx], idx being one index (or None) for each of the leading dimensions."""
     used = [i for i, v in enumerate(idx) if v is not None]
     dims, es = broadcast(*[idx[i] for i in used])
     if {v for d in dims for v in d} & set(x.vars()):
@@ -32,14 +36,14 @@ def _index(it, node, x: Value, idx):
 
 @rule("index_select.default")
 def _index_select(it, node, x: Value, d, idx: Value):
-    return _index(it, node, x, [None] * dim_of(d, len(x.dims)) + [idx])
+    return gather_rows(x, [None] * dim_of(d, len(x.dims)) + [idx])
 
 
 @rule("embedding.default")
 def _embedding(it, node, w: Value, idx: Value, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     if it.training and (padding_idx >= 0 or scale_grad_by_freq or sparse):
         raise Refused("an embedding whose gradient is not that of a gather")
-    return _index(it, node, w, [idx])
+    return gather_rows(w, [idx])
 
 
 @rule("gather.default")
@@ -59,3 +63,10 @@ def _gather(it, node, x: Value, d, idx: Value, **k):
             raise Refused("a gather by an index whose range is not known")
         table.update(zip(dim, digits(e, x.sizes(i))))
     return Value(idx.dims, subst(x.expr, table))
+
+
+@rule("masked_select.default")
+def _masked_select(it, node, x: Value, mask: Value):
+    dims, (e, m) = broadcast(x, mask)
+    r = enumerate_(Value(dims, m))
+    return gather_rows(Value(dims, e), [Value(((r,),), raw("coord", r, j)) for j in range(len(dims))])

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from ..algebra import compare, distinct_slots, subst
-from ..expr import ZERO, Enum, Expr, Refused, Var, is_const, raw
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from ..algebra import compare, subst
+from ..expr import ZERO, Enum, Refused, Var, raw
 from ..index import is_bool, sel
-from ..value import Value, broadcast
-from ._base import RULES, rule
-
-
-def is_mask(e: Expr) -> bool:
-    """A truth value, not an index (the node's dtype would say it as well)."""
-    return (is_bool(e) and not is_const(e)) or (e.op == "sum" and distinct_slots(e) and is_bool(e.args[1]))
+from ..value import Value
+from ._base import rule
 
 
 def enumerate_(mask: Value) -> Var:
@@ -21,11 +21,11 @@ def enumerate_(mask: Value) -> Var:
     return Var(None, Enum(tuple(tuple(t[v] for v in d) for d in mask.dims), subst(mask.expr, t)))
 
 
-def expand_masks(idx) -> list[Value | None]:
-    """Boolean masks become the columns of their nonzero."""
+def expand_masks(idx: Sequence[Value | None], nodes: Sequence[Node | None]) -> list[Value | None]:
+    """Boolean masks (the nodes' dtypes tell them from indices) become the columns of their nonzero."""
     out: list[Value | None] = []
-    for v in idx:
-        if v is not None and v.dims and is_mask(v.expr):
+    for v, n in zip(idx, nodes):
+        if v is not None and n is not None and n.meta["val"].dtype in (torch.bool, torch.uint8):
             r = enumerate_(v)
             out += [Value(((r,),), raw("coord", r, j)) for j in range(len(v.dims))]
         else:
@@ -41,9 +41,3 @@ def _nonzero(it, node, mask: Value):
     n = len(mask.dims)
     which = Var(n)
     return Value(((r,), (which,) if n > 1 else ()), sel(which, *[raw("coord", r, j) for j in range(n)]))
-
-
-@rule("masked_select.default")
-def _masked_select(it, node, x: Value, mask: Value):
-    dims, (e, m) = broadcast(x, mask)
-    return RULES["index.Tensor"](it, node, Value(dims, e), [Value(dims, m)])

@@ -127,7 +127,9 @@ def _floor_divide(it, node, a, b, rounding_mode="floor"):
 def _floor(it, node, x: Value):
     e = x.expr
     if e.op == "div" and is_const(e.args[1]) and is_int(e.args[0]) and (bounds(e.args[0]) or (-1,))[0] >= 0:
-        return Value(x.dims, idiv(e.args[0], int(e.args[1].args[0])))
+        n = e.args[1].args[0]
+        if n > 0 and float(n).is_integer():
+            return Value(x.dims, idiv(e.args[0], int(n)))
     return Value(x.dims, unary("floor", e))
 
 
@@ -175,12 +177,18 @@ def cast(e: Expr, dtype: torch.dtype) -> Expr:
     if is_bool(e):
         return e
     if is_int(e):
-        if not dtype.is_floating_point or exact(e, dtype):
-            return e
-        return raw("cast", e, dtype)
+        return e if (exact(e, dtype) if dtype.is_floating_point else _holds(e, dtype)) else raw("cast", e, dtype)
     if not dtype.is_floating_point:
         return raw("cast", e, dtype)
     return unary("cast", e, dtype)
+
+
+def _holds(e: Expr, dtype: torch.dtype) -> bool:
+    """Does an integer dtype hold e's range?  Index types are taken to hold every count: the original relies on it, too."""
+    if dtype in (torch.int64, torch.int32):
+        return True
+    b, info = bounds(e), torch.iinfo(dtype)
+    return b is not None and isinstance(b[1], int) and info.min <= b[0] and b[1] - 1 <= info.max
 
 
 _EXACT = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}

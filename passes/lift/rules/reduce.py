@@ -120,7 +120,7 @@ def _cumsum(it, node, x: Value, d, **k):
     if len(x.dims) != 1 or e.op != "count" or len(x.dims[0]) != 1:
         raise Refused("a cumsum of something else than token counts (a capacity rank, perhaps)")
     v, at = x.dims[0][0], e.args[1]
-    if at is not v:
+    if at is not v or (bounds(e.args[0].expr) or (-1,))[0] < 0:
         raise Refused("a cumsum of counts that do not start at expert 0")
     return Value(x.dims, below(e.args[0], add(v, ONE)))
 
@@ -133,7 +133,7 @@ def _searchsorted(it, node, keys: Value, values: Value, out_int32=False, right=F
         raise Refused("searchsorted of another form")
     (r,) = keys.dims[0]
     order = next((o for o in orders_of(keys.expr, r) if same_rows(o, r)), None)
-    if order is None or keys.expr is not key_at(order, perm(order, r)) or not is_int(values.expr):
+    if order is None or (bounds(order.expr) or (-1,))[0] < 0 or keys.expr is not key_at(order, perm(order, r)) or not is_int(values.expr):
         raise Refused("searchsorted in something else than sorted ids")
     return Value(values.dims, below(order, add(values.expr, ONE) if right else values.expr))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..algebra import add, eq, mul, replace, scat, subst, sum_, where
+from typing import Any
+
+from ..algebra import add, eq, mul, replace, same_rows, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
 from ..index import count, inside, inv, perm
 from ..sizes import prod
@@ -59,9 +61,16 @@ def _index_add(it, node, base: Value, d, idx: Value, src: Value, alpha=1):
 @rule("scatter_add.default")
 def _scatter_add(it, node, base: Value, d, idx: Value, src: Value):
     d = dim_of(d, len(base.dims))
+    _same_extents(idx, src)
     dims, (i, s) = broadcast(idx, src)
     out, e = scatter_sum(base, d, Value(dims, i), Value(dims, s))
     return Value(out.dims, add(out.expr, e))
+
+
+def _same_extents(idx: Value, src: Value) -> None:
+    """The index's extents decide how much of the source is written; only all of it is covered here."""
+    if any(idx.extent(i) != src.extent(i) for i in range(len(src.dims))):
+        raise Refused("a scatter of a part of its source")
 
 
 @rule("scatter_reduce.two")
@@ -77,6 +86,8 @@ def _scatter(it, node, base: Value, d, idx: Value, src, **kw):
     if kw:
         raise Refused("scatter with reduce")
     d = dim_of(d, len(base.dims))
+    if isinstance(src, Value):
+        _same_extents(idx, src)
     dims, (i, s) = broadcast(idx, src if isinstance(src, Value) else const(src))
     slots = dims[d]
     if len(slots) > 1 or (slots and not (i.op == "load" and i.args[0].distinct and i.args[-1] is slots[0])):
@@ -88,13 +99,13 @@ def _scatter(it, node, base: Value, d, idx: Value, src, **kw):
     table = {v: w for a in range(len(dims)) if a != d for v, w in zip(dims[a], out.dims[a])}
     k = slots[0].fresh() if slots else None
     if slots:
-        table[slots[0]] = k
+        table[slots[0]] = k  # type: ignore[assignment]
     return Value(out.dims, scat(k, eq(subst(i, table), out.index(d)), subst(s, table), out.expr))
 
 
 @rule("index_put.default", "_unsafe_index_put.default")
 def _index_put(it, node, base: Value, idx, vals: Value, accumulate=False):
-    idx = expand_masks(idx)
+    idx = expand_masks(idx, node.args[1])
     if any(v is None for v in idx) or any(len(v.dims) != 1 for v in idx):
         raise Refused("an index_put of another form")
     base, d_index = _flatten_indexed(base, idx)
@@ -150,7 +161,7 @@ def overwrite_rows(base: Value, idx: Value, vals: Value) -> Value:
     if len(vals.dims[0]) != 1 or not same_domain(r, vals.dims[0][0]):
         raise Refused("the written rows are not the rows of the index")
     vals = Value(((r,), *vals.dims[1:]), subst(vals.expr, {vals.dims[0][0]: r}))
-    if e.op == "perm" and e.args[1] is r:  # a permutation covers every row
+    if e.op == "perm" and e.args[1] is r and same_rows(e.args[0], r):  # a permutation covers every row
         return _permuted(base, vals, e, r)
     if not _injective_rows(e, r):
         raise Refused("rows are overwritten by an index that is not known to be injective")
@@ -163,7 +174,8 @@ def _permuted(base: Value, vals: Value, e: Expr, r: Var) -> Value:
     if b.sizes(0) != order.sizes:
         raise Refused("a permutation writes rows of another extent")
     at = inv(order, b.index(0))
-    return Value((b.dims[0], *vals.dims[1:]), subst(vals.expr, {r: at}))
+    features = [mine or tuple(v.fresh() for v in theirs) for mine, theirs in zip(vals.dims[1:], b.dims[1:])]  # values may broadcast
+    return Value((b.dims[0], *features), subst(vals.expr, {r: at}))
 
 
 def _masked_write(base: Value, e: Expr, r: Var, vals: Value) -> Value:
@@ -179,8 +191,8 @@ def _masked_write(base: Value, e: Expr, r: Var, vals: Value) -> Value:
     was = [] if is_const(old, 0) else terms(old)
     rest = [x for x in terms(new) if x not in was]
     if len(rest) == len(terms(new)) - len(was) and (was or is_const(b.expr, 0)):  # base[idx] += rest
-        out, s = scatter_sum(b, 0, Value(((r,),), e), Value(((r,), *b.dims[1:]), add(*rest)))
-        return Value(out.dims, add(out.expr, s))
+        out, added = scatter_sum(b, 0, Value(((r,),), e), Value(((r,), *b.dims[1:]), add(*rest)))
+        return Value(out.dims, add(out.expr, added))
     return _select_rows(b, e, r, new)
 
 
@@ -195,7 +207,9 @@ def _select_rows(b: Value, e: Expr, r: Var, new: Expr) -> Value:
     else:
         raise Refused("rows are overwritten, not accumulated")
     b = b.refine(0, common(b.sizes(0), tuple(s for d in sizes for s in d)))
-    vars, table, at = list(b.dims[0]), {}, {}
+    vars = list(b.dims[0])
+    table: dict[Any, Expr] = {}
+    at: dict[Expr, Expr] = {}
     if tuple(v.size for v in vars) != tuple(s for d in sizes for s in d):
         raise Refused("rows are overwritten by a mask over other dimensions")
     for col, d in zip(cols, dom.dims):
@@ -291,7 +305,8 @@ def _write_block(b: Value, src: Value, d: int, block: int, blocks: int) -> Value
                 raise Refused("a slice assignment that broadcasts")
             s = common(b.sizes(i), src.sizes(i))
             b, src = b.refine(i, s), src.refine(i, s)
-    lead, inner = [], list(b.dims[d])
+    lead: list[Var] = []
+    inner = list(b.dims[d])
     while prod(v.size for v in lead) != blocks:
         lead.append(inner.pop(0))
     if tuple(v.size for v in inner) != src.sizes(d):
