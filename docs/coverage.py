@@ -21,6 +21,7 @@ TARGET = ROOT / "docs" / "coverage.md"
 
 import torch  # noqa: E402
 from corpus import hf_zoo, styles  # noqa: E402
+from corpus.expected import STYLE_REGIONS  # noqa: E402
 from corpus.harness import dynamo_graphs, error, observe, worst  # noqa: E402
 from corpus.variants import VARIANTS  # noqa: E402
 
@@ -60,7 +61,7 @@ def style_row(name: str) -> Row:
     else:
         module, (x,) = styles.CASES[name].factory(), styles.CASES[name].inputs()
     graphs = f"{graphs_by_default(module, x)} / {dynamo_graphs(module, x)}"
-    blocks = BLOCKS.get(name, 1)
+    blocks = STYLE_REGIONS.get(name, 1)
     report, compiled = compile_eager(module)
     want, got = observe(module, module, x, grad=True), observe(compiled, module, x, grad=True)
     return Row(
@@ -82,9 +83,6 @@ def zoo_row(name: str) -> Row:
     with torch.no_grad():
         off = error(hf_zoo.first_tensor(compiled(**kwargs)), hf_zoo.first_tensor(model(**kwargs)))
     return Row(name, graphs, len(report.rewritten), blocks, off, why(report, blocks, model, (), kwargs))
-
-
-BLOCKS = {"outside_two_layers": 2, "outside_two_routers_one_pool": 2, "gather_chunked_tokens": 2}
 
 
 def compile_eager(module: torch.nn.Module) -> tuple[moe_compile.RewriteReport, torch.nn.Module]:

@@ -14,8 +14,9 @@ class RegionReport:
 
     rewritten: whether stage ops stand there now; reason: why not, and None if they do.
     where: "file:line" of the routing decision in the user's source; module: the owning module's path.
-    formula: the recovered formula; router: the recovered routing, None where it stays the user's nodes.
-    providers: each stage's provider; losers: stage -> provider -> why it was not chosen.
+    formula: the recovered formula; router: the recovered routing, None if it has a form that is not known.
+    providers: each stage's provider ("route" only where the op stands for the user's router).
+    losers: stage -> provider -> why it was not chosen.
     validation: what was executed to check the rewrite, with the largest error. seconds: spent on this region.
     """
 

@@ -71,12 +71,14 @@ def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[A
     return values
 
 
-def reverse(program: Program, types: Sequence[Value], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints) -> tuple[Any, Any]:
+def reverse(
+    program: Program, types: tuple[Value, ...], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints
+) -> tuple[Any, Any]:
     """Gradients of x [R, H] and w [R, 1] (None where not needed or zero) from the result's gradient [R, O].
 
     Each adjoint has its value's dtype and shape, as in autograd.
     """
-    sums = _Sums(types, values, grad.shape[0])
+    sums = _Sums(program, types, values, grad.shape[0])
     sums.add(len(values) - 1, grad)
     found: dict[str, Any] = {"x": None, "w": None}
     for index in reversed(range(len(values))):
@@ -91,7 +93,7 @@ def reverse(program: Program, types: Sequence[Value], values: Sequence[Any], gra
             operand = step.args[0]
             sums.add(operand, adjoints.mm(step.attrs[0], values[operand], total, plan.active[operand]))
         elif step.op == "cols":
-            sums.add_columns(step, total)
+            sums.add_columns(index, total)
         else:
             _spread(step, index, total, values, sums, plan.active)
     return found["x"], found["w"]
@@ -100,12 +102,16 @@ def reverse(program: Program, types: Sequence[Value], values: Sequence[Any], gra
 class _Sums:
     """The adjoint of each step while it is being summed."""
 
-    def __init__(self, types: Sequence[Value], values: Sequence[Any], rows: int) -> None:
-        self.types, self.values, self.rows = types, values, rows
+    def __init__(self, program: Program, types: tuple[Value, ...], values: Sequence[Any], rows: int) -> None:
+        self.program, self.types, self.values, self.rows = program, types, values, rows
         self.sums: list[Any] = [None] * len(types)
         self.owned: set[int] = set()  # sums that nothing else refers to, so they may be added to in place
+        self.tilings = tilings(program, types)
+        self.unwritten: dict[int, set[int]] = {}  # of a sum written slice by slice: the slices still undefined
 
     def take(self, index: int) -> Any:
+        for tile in self.unwritten.get(index, ()):
+            _columns(self.sums[index], self.program.steps[tile]).zero_()
         total, self.sums[index] = self.sums[index], None
         return total
 
@@ -127,13 +133,38 @@ class _Sums:
             self.sums[index] = self.sums[index] + term
             self.owned.add(index)
 
-    def add_columns(self, step: Step, term: Any) -> None:
+    def add_columns(self, tile: int, term: Any) -> None:
+        """Adds the adjoint of a column slice to that of its operand."""
+        step = self.program.steps[tile]
         index = step.args[0]
+        if index in self.tilings:
+            if self.sums[index] is None:
+                self.sums[index] = term.new_empty(self.shape(index))
+                self.unwritten[index] = set(self.tilings[index])
+            self.unwritten[index].discard(tile)
+            _columns(self.sums[index], step).copy_(term)
+            return
         if index not in self.owned:
             whole = term.new_zeros(self.shape(index))
             self.sums[index] = whole if self.sums[index] is None else whole.add_(self.sums[index])
             self.owned.add(index)
         _columns(self.sums[index], step).add_(term)
+
+
+@functools.lru_cache(maxsize=1024)
+def tilings(program: Program, types: tuple[Value, ...]) -> dict[int, tuple[int, ...]]:
+    """Steps that are only read through disjoint column slices that cover them, and those slices.
+
+    Their adjoint is written slice by slice: one pass where zeros and a sum for each slice take five.
+    """
+    found = {}
+    for index, value in enumerate(types):
+        readers = [(at, step) for at, step in enumerate(program.steps) if index in step.args]
+        if readers and all(step.op == "cols" for _, step in readers) and index < len(types) - 1:
+            columns = [column for _, step in readers for column in range(*step.attrs)]
+            if sorted(columns) == list(range(value.width)):
+                found[index] = tuple(at for at, _ in readers)
+    return found
 
 
 def _spread(step: Step, index: int, total: Any, values: Sequence[Any], sums: _Sums, active: tuple[bool, ...]) -> None:

@@ -187,8 +187,8 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-        saved, tensors = ctx.saved_tensors[: ctx.num_saved], ctx.saved_tensors[ctx.num_saved :]
-        x, order, offsets, topk_weights, *params = tensors
+        kept = ctx.saved_tensors  # once: checkpointing unpacks each only once
+        saved, (x, order, offsets, topk_weights, *params) = kept[: ctx.num_saved], kept[ctx.num_saved :]
         weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
         inputs = (x, order, offsets, topk_weights, weights, biases, *ctx.rest)
         found = BACKWARD_OP.overload(grad, list(saved), *inputs, ctx.needs)

@@ -31,9 +31,10 @@ MIN_ROWS, MAX_ROWS = 64, 2048
 # threads, MKL float32 from two (benchmarks/notes.md).
 TRANSPOSED_ROWS = {torch.float32: range(12, 40), torch.bfloat16: range(2, 128), torch.float16: range(2, 128)}
 
-# Mean rows an expert up to which a copy of one operand pays for a weight gradient: 106 -> 61 us at 8 rows of 512,
-# 147 -> 98 at 32, nothing from 128.
-COPIED_ROWS = 64
+# Mean rows an expert up to which a copy of one operand pays for a weight gradient, where that operand has at least
+# COPIED_WIDTH features: 158 -> 82 us at 16 rows of 512 float32, 143 -> 87 at 64 rows of bfloat16, nothing at 256 features.
+COPIED_ROWS = {torch.float32: 24, torch.bfloat16: 64, torch.float16: 64}
+COPIED_WIDTH = 512
 
 
 class Products:
@@ -254,7 +255,7 @@ class Sums:
 
     def add_products(self, block: Block, j: int, rows: Any, grad: Any) -> None:
         """Adds rows.T @ grad, run by run."""
-        if block.mean_rows <= COPIED_ROWS:
+        if block.mean_rows <= COPIED_ROWS.get(rows.dtype, 0):
             rows, grad = _column_major(rows, grad, self.products.weights.slots[j].axes)
         parts = zip(block.experts, split(block, rows.t(), 1), split(block, grad), strict=True)
         for expert, left, right in parts:
@@ -282,10 +283,10 @@ class Sums:
 
 
 def _column_major(rows: Any, grad: Any, axes: str) -> tuple[Any, Any]:
-    """Copies the operand that MKL and oneDNN want column by column: x for a [out, in] gradient, else grad."""
+    """Copies the operand that MKL and oneDNN want column by column: rows for an [out, in] gradient, else grad."""
     if axes == "oi":
-        return rows.t().contiguous().t(), grad
-    return rows, grad.t().contiguous().t()
+        return (rows.t().contiguous().t() if rows.shape[1] >= COPIED_WIDTH else rows), grad
+    return rows, (grad.t().contiguous().t() if grad.shape[1] >= COPIED_WIDTH else grad)
 
 
 def sum_dtype(dtype: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils._python_dispatch
 
 aten = torch.ops.aten
 
@@ -60,13 +61,25 @@ def _compare(forward: Callable[..., Any]) -> Function:
     return Function(forward, (None, None), result="bool")
 
 
+def _clamp_passes_bounds() -> bool:
+    """Whether autograd's clamp has a gradient of one at its bounds: up to torch 2.13 it has, in 2.15 it has not."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        bound = torch.ones((), device="cpu", requires_grad=True)
+        # The node itself, not autograd's engine: a process that forks later must not have started its threads.
+        grad = torch.clamp(bound, max=1.0).grad_fn(torch.ones((), device="cpu"))
+        return bool((grad[0] if isinstance(grad, tuple) else grad).item() == 1.0)
+
+
+_ABOVE, _BELOW = (operator.ge, operator.le) if _clamp_passes_bounds() else (operator.gt, operator.lt)
+
+
 def _clamp_adjoint(g: Any, y: Any, a: Any, lo: Any, hi: Any) -> Any:
-    """Autograd passes the gradient through at the bounds themselves, and stops it for NaN."""
+    """Stops at NaN, and at the bounds where the torch that runs does."""
     keep = torch.ones_like(a, dtype=torch.bool)
     if lo is not None:
-        keep = keep & (a >= lo)
+        keep = keep & _ABOVE(a, lo)
     if hi is not None:
-        keep = keep & (a <= hi)
+        keep = keep & _BELOW(a, hi)
     return torch.where(keep, g, 0)
 
 

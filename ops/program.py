@@ -145,7 +145,8 @@ class _Builder:
 
     def mm(self, args: list[ast.expr]) -> int:
         self.expect("mm", args, 2)
-        return self.step("mm", (self.rows(args[1], "mm"),), (self.index(args[0], "mm"),))
+        j = self.index(args[0], "mm")
+        return self.step("mm", (self.rows(args[1], "mm"),), (j,))
 
     def bias(self, args: list[ast.expr]) -> int:
         self.expect("b", args, 1)

@@ -39,9 +39,32 @@ def callee(n: Node) -> str:
 _INPLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 
-def writes_in_place(n: Node) -> bool:
+def returns_itself(n: Node) -> bool:
+    """An in-place op of torch's own, whose result is another name of its first argument."""
     name = callee(n)
-    return name in _INPLACE or (name.endswith("_") and not name.endswith("__")) or "out" in n.kwargs
+    return name in _INPLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def writes_to(n: Node) -> list[Node]:
+    """The nodes whose tensors n writes into."""
+    if n.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(n.target, torch._ops.OpOverload):
+        return _mutable_arguments(n, n.target._schema)
+    if isinstance(n.target, torch._ops.HigherOrderOperator) and "checkpoint" not in callee(n):
+        return list(n.all_input_nodes)  # a kernel that Dynamo wrapped: it may write anywhere
+    found = [n.args[0]] if returns_itself(n) and n.args else []
+    return [a for a in [*found, n.kwargs.get("out")] if isinstance(a, Node)]
+
+
+def _mutable_arguments(n: Node, schema: Any) -> list[Node]:
+    given = {**dict(zip([a.name for a in schema.arguments], n.args)), **n.kwargs}
+    written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for w in written for x in (w if isinstance(w, list | tuple) else [w]) if isinstance(x, Node)]
+
+
+def writes_in_place(n: Node) -> bool:
+    return bool(writes_to(n))
 
 
 def tensor_of(n: object) -> torch.Tensor | None:
@@ -98,8 +121,8 @@ def feeds(d: Decision, later: Decision) -> bool:
         if n not in seen and n < later.source and callee(n) not in _LAYERS:
             seen.add(n)
             todo.extend(n.users)
-            if writes_in_place(n) and isinstance(n.args[0], Node):  # what was written is read under the tensor's own name
-                todo.extend(u for u in n.args[0].users if n < u)
+            for target in writes_to(n):  # what was written is read under the tensor's own name
+                todo.extend(u for u in target.users if n < u)
     return False
 
 
@@ -108,7 +131,7 @@ def written(d: Decision, graph: Graph) -> bool:
     mine = tensor_of(d.ids)
     if mine is None:
         return True
-    targets = (tensor_of(n.kwargs.get("out", n.args[0] if n.args else None)) for n in graph.nodes if writes_in_place(n))
+    targets = (tensor_of(target) for n in graph.nodes for target in writes_to(n))
     return any(t is not None and t.untyped_storage()._cdata == mine.untyped_storage()._cdata for t in targets)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .decisions import callee, tensor_of, writes_in_place
+from .decisions import callee, tensor_of, writes_in_place, writes_to
 from .window import CONTEXT, Trace
 
 Remap = Callable[[Node], Node]
@@ -41,8 +41,9 @@ class Liveness:
         `needed`: what the new code reads.  `at(n)`: the node of the graph at hand that stands for the window's node n.
         """
         inside = {at(n) for n in self.nodes}
-        keep = {n for n in self.nodes if n is not self.root and any(u not in inside for u in at(n).users)} | set(needed)
-        live = self._live(keep, set(needed))
+        seen = {n for n in self.nodes if n is not self.root and any(u not in inside for u in at(n).users)}
+        keep = seen | set(needed)
+        live = self._live(seen, set(needed))
         dead = [n for n in self.nodes if n is not self.root and n not in keep and self._droppable(n, live, at)]
         return self._closed(dead, at)
 
@@ -51,10 +52,10 @@ class Liveness:
             return False
         return not any(a in live or _random(a) for a in self.trace.created[n])
 
-    def _live(self, keep: set[Node], needed: set[Node]) -> set[Node]:
+    def _live(self, seen: set[Node], needed: set[Node]) -> set[Node]:
         """ATen nodes that still matter: values seen outside, values the new code reads, and inputs changed for good."""
         seeds = [self._at_def(n) for n in needed if n in self.trace.at_def]
-        seeds += [a for n in keep - needed for a in (self.now.get(n), self._at_def(n))]
+        seeds += [a for n in seen for a in (self.now.get(n), self._at_def(n))]
         seeds += [self.now[n] for n in self.inputs if n in self.now and self.now[n] is not self._at_def(n)]
         live: set[Node] = set()
         todo = [a for s in seeds for a in (s if isinstance(s, list) else [s]) if isinstance(a, Node)]
@@ -105,8 +106,7 @@ class Liveness:
 
 def _writes(m: Node, n: Node) -> bool:
     """Does m's in-place op change a tensor of n's storage?  By Dynamo's fake tensors, which share it like the real ones."""
-    out = m.kwargs.get("out", m.args[0] if m.args else None)
-    return same_storage(out, n)
+    return any(same_storage(target, n) for target in writes_to(m))
 
 
 def same_storage(m: object, n: object) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import GraphModule, Node
 
-from .decisions import Decision, callee, tensor_of
-from .decisions import writes_in_place as mutates
+from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
 from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
@@ -87,9 +86,9 @@ class _Search:
 
     def _candidate(self, trace: Trace, n: Node) -> tuple[Node | None, Node | None]:
         """(the tensor written in place or None, the ATen node of the value)."""
-        if mutates(n) and n.args and isinstance(n.args[0], Node):
-            target = n.args[0]
-            while mutates(target) and target.args and isinstance(target.args[0], Node):
+        if len(written := writes_to(n)) == 1:
+            target = written[0]
+            while returns_itself(target) and target.args and isinstance(target.args[0], Node):
                 target = target.args[0]  # out += y gives out another name
             now = trace.now(target)
             return target, now if isinstance(now, Node) else None

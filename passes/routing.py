@@ -89,15 +89,20 @@ class Routings:
 
     def _plan(self, traced: Traced, router: Router) -> Plan:
         """Raises Refused where `route` cannot stand for it, or saves nothing."""
-        plans = [self._trial(traced, r) for r in alternatives(router)]
+        plans = list(filter(None, (self._trial(traced, r) for r in alternatives(router))))
+        if not plans:
+            plan_of(traced, router, self.training)  # raises the reason
         best = max(plans, key=lambda p: len(p.removed) - p.added)
         if len(best.removed) <= best.added:
             raise Refused(f"{len(best.removed)} nodes would be replaced by {best.added}")
         return best
 
-    def _trial(self, traced: Traced, router: Router) -> Plan:
+    def _trial(self, traced: Traced, router: Router) -> Plan | None:
         """Edits a copy to see what falls."""
-        plan = plan_of(traced, router, self.training)
+        try:
+            plan = plan_of(traced, router, self.training)
+        except Refused:
+            return None
         new, copy = _copy(self.gm, traced.window)
         _insert(new.graph, plan, copy.__getitem__)
         given = frozenset(rows(a) for a in (router.ids, router.weights) if a is not None)

@@ -17,6 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from moe_compile.ops.registry import providers
+
 from .decisions import Decision, callee, tensor_of
 from .region import MoERegion
 from .window import backed_values, symbolic
@@ -125,13 +127,15 @@ _LOW = {torch.float32, torch.bfloat16, torch.float16}
 def _raise_dtype(x: Any) -> Any:
     if isinstance(x, torch.dtype) and x in _LOW:
         return torch.float64
+    if isinstance(x, str) and any(x == p.name for p in providers("experts")):
+        return "reference"
     if isinstance(x, str):
         return re.sub(r"'(bfloat16|float16|float32)'", "'float64'", x)
     return x
 
 
 class _Double(TorchDispatchMode):
-    """Every float dtype that an op names becomes float64."""
+    """Every float dtype that an op names becomes float64, and the experts' provider the reference, which takes it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_raise_dtype, (tuple(args), kwargs or {}))

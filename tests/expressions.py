@@ -90,8 +90,8 @@ class World:
 
 @st.composite
 def worlds(draw: st.DrawFn, symbolic: bool = False) -> World:
-    tokens, experts, hidden = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
-    top_k, distinct = draw(st.integers(1, min(3, experts))), draw(st.booleans())
+    tokens, experts, hidden = draw(st.sampled_from([2, 3, 1])), draw(st.sampled_from([3, 2, 4, 1])), draw(st.sampled_from([2, 4, 1]))
+    top_k, distinct = draw(st.sampled_from([k for k in (2, 3, 1) if k <= experts])), draw(st.booleans())
     g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     T = SYMBOL if symbolic else tokens
     ids, w = routing_ids(tokens, top_k, experts, distinct, g), dyadic((tokens, top_k), g)
@@ -124,11 +124,13 @@ class Grower:
     # ------------------------------------------------------------ indices: integers in range(n)
     def number(self, n: Any, depth: int, scope: list[Any]) -> Pair:
         """An index in range(n), or an integer that may be anywhere."""
-        if self.draw(st.integers(0, 4)):
+        if self.draw(st.integers(0, 2)):
             return self.index(n, depth, scope)
         a = self.load(self.world.anything, 0, scope)
         b = self.index(n, max(depth - 1, 0), scope)
-        return a if self.draw(st.booleans()) else Pair(raw("add", a.plain, b.plain), add(a.simple, b.simple))
+        c = const(self.draw(st.sampled_from([-1, -2, 1])))
+        more = self.one_of([[], [a], [same(c), b], [a, same(c)]])
+        return Pair(raw("add", b.plain, *[m.plain for m in more]), add(b.simple, *[m.simple for m in more])) if more else a
 
     def index(self, n: Any, depth: int, scope: list[Any]) -> Pair:
         options: list[Callable[[], Pair]] = [lambda v=v: same(v) for v in scope if isinstance(v, Var) and v.size == n] * 2
@@ -161,7 +163,7 @@ class Grower:
         return Pair(raw("idiv", a.plain, by), idiv(a.simple, by))
 
     def _mix(self, sizes: list[Any], depth: int, scope: list[Any]) -> Pair:
-        ds = [self.index(n, depth, scope) for n in sizes]
+        ds = [(self.index if n == 1 else self.number)(n, depth, scope) for n in sizes]
         plain = [y for d, n in zip(ds, sizes) for y in (d.plain, n)]
         return Pair(raw("mix", *plain), mix(*[y for d, n in zip(ds, sizes) for y in (d.simple, n)]))
 
@@ -192,20 +194,21 @@ class Grower:
         """[a(v) = b] as scatter, sort and enumerate code makes it: v itself, its digits, a mixed index, a sorted row, a sorted key."""
         w, n = self.world, v.size
         parts = self.one_of([d for d in (1, 2, 3) if isinstance(n, int) and n % d == 0] or [1])
+        parts = self.one_of([parts, parts, 2])
         sides: list[Callable[[], tuple[Any, Pair]]] = [lambda: (n, same(v))]
         if isinstance(n, int):
-            sides.append(lambda: (n // parts, Pair(raw("idiv", v, parts), idiv(v, parts))))
+            sides.append(lambda: (-(-n // parts), Pair(raw("idiv", v, parts), idiv(v, parts))))
             sides.append(lambda: (parts, Pair(raw("mod", v, parts), mod(v, parts))))
             sides.append(lambda: self._mixed(v, depth, scope))
         if n == w.T * w.K:
             sides += [lambda: (n, Pair(raw("perm", w.order, v), perm(w.order, v))), lambda: (w.E, self.sorted_key(v))] * 2
         size, a = self.one_of(sides)()
-        b = self.number(size, depth, scope)
+        b = self.number(size, depth, self.one_of([scope, scope, [*scope, v]]))
         pair = Pair(raw("eq", a.plain, b.plain), eq(a.simple, b.simple))
         return pair if self.draw(st.booleans()) else Pair(raw("eq", b.plain, a.plain), eq(b.simple, a.simple))
 
     def _mixed(self, v: Var, depth: int, scope: list[Any]) -> tuple[Any, Pair]:
-        other = self.index(2, depth, scope)
+        other = self.number(2, depth, scope)
         args = [(v, v.size), (other, 2)] if self.draw(st.booleans()) else [(other, 2), (v, v.size)]
         plain = [y for d, n in args for y in (d.plain if isinstance(d, Pair) else d, n)]
         simple = [y for d, n in args for y in (d.simple if isinstance(d, Pair) else d, n)]
@@ -261,6 +264,7 @@ class Grower:
                 lambda: self._unary(depth - 1, scope), lambda: self._where(depth - 1, scope), lambda: self._choose(depth - 1, scope),
                 *[lambda: self._sum(depth - 1, scope)] * 3, *[lambda: self.slot_sum(depth - 1, scope)] * 3,
                 lambda: self._scatter(depth - 1, scope), lambda: self._count(depth - 1, scope),
+                lambda: self.sorted_sum(depth - 1, scope),
             ]  # fmt: skip
         return self.grow(options)
 
@@ -281,7 +285,7 @@ class Grower:
         return Pair(raw("div", a.plain, b.plain), divide(a.simple, b.simple))
 
     def _unary(self, depth: int, scope: list[Any]) -> Pair:
-        a, (op, *extra) = self.scalar(depth, scope), self.one_of(UNARY)
+        a, (op, *extra) = self.scalar(depth, scope), self.one_of(self.one_of(UNARY))
         return Pair(raw(op, a.plain, *extra), unary(op, a.simple, *extra))
 
     def _where(self, depth: int, scope: list[Any]) -> Pair:
@@ -305,6 +309,24 @@ class Grower:
             test = self.equation_in(v, min(depth, 1), scope)  # type: ignore[arg-type]
             body = Pair(raw("mul", test.plain, body.plain), mul(test.simple, body.simple))
         return Pair(raw("sum", v, body.plain), sum_(v, body.simple))  # type: ignore[arg-type]
+
+    def sorted_sum(self, depth: int, scope: list[Any]) -> Pair:
+        """A sum over sorted rows, perhaps not all of them, of what stands at the unsorted row, perhaps times what depends on the position."""
+        w = self.world
+        v = Var(self.one_of([w.T * w.K, w.T * w.K, w.T]))
+        at = Pair(raw("perm", w.order, v), perm(w.order, v))
+        plain = [raw("idiv", at.plain, w.K), raw("mod", at.plain, w.K)]
+        f = [Pair(raw("load", w.w, *plain), raw("load", w.w, *digits(at.simple, (w.T, w.K))))]
+        if self.draw(st.booleans()):
+            f.append(self.sorted_test(v, depth, scope))
+        if self.draw(st.booleans()):
+            f.append(self.scalar(depth, [*scope, v]))
+        return Pair(raw("sum", v, raw("mul", *[a.plain for a in f])), sum_(v, mul(*[a.simple for a in f])))
+
+    def sorted_test(self, v: Var, depth: int, scope: list[Any]) -> Pair:
+        """[ids at sorted row v = e]"""
+        key, e = self.sorted_key(v), self.number(self.world.E, depth, scope)
+        return Pair(raw("eq", key.plain, e.plain), eq(key.simple, e.simple))
 
     def rows(self, depth: int) -> Var:
         """A variable over the rows of a nonzero."""
@@ -334,7 +356,7 @@ class Grower:
             b = self.slots(depth - 1, t, e, scope)
             return Pair(raw("add", a.plain, b.plain), add(a.simple, b.simple))
         if what == 4:
-            (op, *extra) = self.one_of(UNARY)
+            (op, *extra) = self.one_of(self.one_of(UNARY))
             return Pair(raw(op, a.plain, *extra), unary(op, a.simple, *extra))
         if what == 5:
             b = self.load(self.world.scale, 0, scope)
@@ -370,9 +392,11 @@ class Grower:
         return Pair(plain, scat(k, eq(tests[1], e.simple), src.simple, base.simple))
 
 
-UNARY: list[tuple] = [
-    ("silu",), ("relu",), ("tanh",), ("neg",), ("floor",), ("erf",), ("abs",), ("stop",), ("square",), ("gelu", "none"), ("gelu", "tanh"),
-    ("leaky_relu", const(0.125)), ("elu", const(1.5)), ("sigmoid",), ("softplus",), ("cast", torch.float32), ("cast", torch.bfloat16),
+UNARY: list[list[tuple]] = [
+    [("sigmoid",), ("softplus",), ("cos",), ("mish",)],
+    [("cast", torch.float32), ("cast", torch.bfloat16), ("stop",), ("floor",)],
+    [("silu",), ("relu",), ("tanh",), ("neg",), ("erf",), ("abs",), ("square",), ("gelu", "none"), ("gelu", "tanh"),
+     ("leaky_relu", const(0.125)), ("elu", const(1.5))],
 ]  # fmt: skip
 
 

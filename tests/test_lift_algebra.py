@@ -81,6 +81,14 @@ def test_sums_with_an_equation_in_their_variable(data, symbolic):
 @SYMBOLIC
 @FEW
 @given(data=st.data())
+def test_sums_over_sorted_rows(data, symbolic):
+    """The sum over sorted rows is the sum over unsorted ones only if it runs over all of them and reads nothing else of the position."""
+    grown(data, symbolic, lambda g, w: g.sorted_sum(data.draw(st.integers(0, 1)), w.free))
+
+
+@SYMBOLIC
+@FEW
+@given(data=st.data())
 def test_sums_over_data_dependent_rows(data, symbolic):
     """Over the rows of a nonzero, and over one expert's segment of the sorted rows."""
 

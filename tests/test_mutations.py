@@ -5,11 +5,12 @@ All of them, with the table of kills: python tests/mutations/table.py
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 
 import pytest
-from corpus.harness import distance, error, observe, worst
+from corpus.harness import Seen, distance, error, observe, worst
 from mutations.base import EXPERT, GRADIENT_ONLY, ROUNDING, ROUTER
 from mutations.catalogue import FAMILIES, ROUTINGS, build, inputs, mutants, same_meaning, set_routing
 from mutations.judge import judge
@@ -60,13 +61,21 @@ def test_every_mutant_differs_from_its_original(family):
     assert not alike
 
 
+@functools.lru_cache(maxsize=len(ROUTINGS) + 1)
+def original(family: str, routing: str) -> Seen:
+    return eager(family, None, routing)
+
+
+def eager(family: str, mutation: str | None, routing: str) -> Seen:
+    module = build(family, mutation)
+    set_routing(module, routing)
+    return observe(module, module, inputs(family, 20), grad=True)
+
+
 def _differs(family: str, mutation: str) -> bool:
     values, anything, rms = 0.0, 0.0, 0.0
-    for seed, routing in enumerate(ROUTINGS):
-        original, mutant, x = build(family, None), build(family, mutation), inputs(family, 20 + seed)
-        set_routing(original, routing)
-        set_routing(mutant, routing)
-        want, got = observe(original, original, x, grad=True), observe(mutant, mutant, x, grad=True)
+    for routing in ROUTINGS:
+        got, want = eager(family, mutation, routing), original(family, routing)
         values = max([values, *map(error, got.outputs, want.outputs)])
         anything, rms = max(anything, worst(got, want)[0]), max(rms, distance(got, want))
     if same_meaning(family, mutation):

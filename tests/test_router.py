@@ -303,6 +303,29 @@ def test_values_read_before_they_are_changed_in_place_keep_their_meaning():
     Compiled(Block(route)).check()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_logits_changed_in_place(when):
+    def route(m: Block, logits: Tensor) -> Routed:
+        if when == "before":
+            logits[:, 2] = float("-inf")
+        scores = logits.softmax(-1)
+        if when == "after":
+            logits[:, 2] = 0.0
+        w, ids = scores.topk(K)
+        return w / w.sum(-1, keepdim=True), ids
+
+    compiled = Compiled(Block(route)).check()
+    assert [r.score for r in compiled.routes] == (["softmax"] if when == "before" else ["none"])
+
+
+def test_scores_made_in_the_logits_memory():
+    def route(m: Block, logits: Tensor) -> Routed:
+        w, ids = logits.sigmoid_().topk(K)
+        return w / w.sum(-1, keepdim=True), ids
+
+    assert [r.score for r in Compiled(Block(route)).check().routes] == ["none"]
+
+
 @pytest.mark.parametrize("shape", [(T, H), (3, 4, H)], ids=["tokens", "batch"])
 def test_no_grad_around_the_choice_is_no_obstacle(shape):
     def route(m: Block, logits: Tensor) -> Routed:
@@ -385,6 +408,16 @@ def test_near_miss_interleaved_groups():
         mask = _marks(scores, 2, 1, "max").repeat(1, E // 2)  # experts e, e + 2, e + 4 instead of three in a row
         w, ids = scores.masked_fill(mask == 0, float("-inf")).topk(K)
         return w, ids
+
+    assert all(r.num_groups == 1 for r in Compiled(Block(route)).check().routes)
+
+
+def test_near_miss_integer_mask_that_negation_leaves_true():
+    def route(m: Block, logits: Tensor) -> Routed:
+        scores = logits.sigmoid()
+        mask = ~_marks(scores, 3, 1, "max").int().unsqueeze(-1).expand(-1, 3, 2).reshape(-1, E)  # -1 and -2: all true
+        w, ids = scores.masked_fill(mask.bool(), 0.0).topk(K)
+        return w + 1.0, ids
 
     assert all(r.num_groups == 1 for r in Compiled(Block(route)).check().routes)
 

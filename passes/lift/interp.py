@@ -24,6 +24,7 @@ CONSTANTS = {
     "new_full", "scalar_tensor",
 }  # fmt: skip
 
+_ROWS = ", and its rows depend on data"
 Facts = dict[Node, tuple[tuple[int, int], bool]]  # routing decision -> (range of its ids, distinct along the last dim)
 
 
@@ -120,7 +121,8 @@ class Interp:
             raise Refused(self.reasons.get(node) or f"no rule for {opname(node)}")
         shape = shape_of(val)
         if None in shape:
-            raise Refused(self.reasons.get(node, f"no rule for {opname(node)}") + ", and its rows depend on data")
+            why = self.reasons.get(node) or f"no rule for {opname(node)}"
+            raise Refused(why if why.endswith(_ROWS) else why + _ROWS)
         rng, distinct = self.facts.get(node, (None, False))
         leaf = Leaf([node], tuple(shape), rng, distinct, not val.dtype.is_floating_point)
         vs: list[Expr] = [Var(s) if s != 1 else ZERO for s in shape]

@@ -71,18 +71,19 @@ def _marked_groups(mask: Any, keep: bool, split: list[Any]) -> Node | None:
     """The top-k of groups, if the mask tells for each expert whether its group was chosen (keep), or whether it was not."""
     mask, keep = _truth(mask, keep)
     marks = _one_per_group(mask, split)
-    if op(marks) != "scatter" or len(shape(marks)) != 2 or not is_last(marks, marks.args[1]) or not isinstance(marks.args[3], int | float):
+    if op(marks) != "scatter" or len(shape(marks)) != 2 or not is_last(marks, marks.args[1]):
         return None
-    before, after = _filler(marks.args[0]), bool(marks.args[3])
-    if before is None or bool(before) == after or after is not keep:
+    before, after, topk = _filler(marks.args[0]), marks.args[3], topk_part(marks.args[2], 1)
+    if not isinstance(after, int | float) or {before, float(after)} != {0.0, 1.0} or bool(after) is not keep:
         return None
-    return topk_part(marks.args[2], 1)
+    return topk if topk is not None and shape(topk.args[0]) == shape(marks) else None
 
 
 def _truth(mask: Any, keep: bool) -> tuple[Any, bool]:
     """Past negations and comparisons with zero."""
     while True:
-        if op(mask) in ("bitwise_not", "logical_not", "eq") and (op(mask) != "eq" or _is_zero(mask.args[1])):
+        negated = op(mask) == "bitwise_not" and dtype(mask) == torch.bool
+        if negated or op(mask) == "logical_not" or (op(mask) == "eq" and _is_zero(mask.args[1])):
             mask, keep = mask.args[0], not keep
         elif (op(mask) in ("ne", "gt") and _is_zero(mask.args[1])) or (op(mask) == "_to_copy" and dtype(mask) == torch.bool):
             mask = mask.args[0]

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..decisions import _LAYERS as LAYERS
-from ..decisions import callee, tensor_of, writes_in_place
+from ..decisions import callee, tensor_of, writes_to
 from ..lift import Refused
 from ..lift.sizes import shape_of, size_of
 from ..window import CONTEXT, Ambient, Trace, is_size, symbolic
@@ -143,14 +143,14 @@ def _in_order(found: set[Node], end: Node) -> list[Node]:
 
 
 def _writers(found: set[Node], nodes: list[Node], end: Node) -> list[Node]:
-    """In-place ops before `end` on memory that the nodes found so far hold."""
-    storages = {t.untyped_storage()._cdata for n in found if (t := tensor_of(n)) is not None}
+    """In-place ops before `end` on memory that the nodes found so far hold or read."""
+    read = {a for n in found for a in n.all_input_nodes}
+    storages = {t.untyped_storage()._cdata for n in found | read if (t := tensor_of(n)) is not None}
     writers, n = [], nodes[0] if nodes else end
     while n is not end:
-        if n not in found and writes_in_place(n):
-            t = tensor_of(n.kwargs.get("out", n.args[0] if n.args else None))
-            if t is not None and t.untyped_storage()._cdata in storages:
-                writers.append(n)
+        written = [t for target in writes_to(n) if (t := tensor_of(target)) is not None]
+        if n not in found and any(t.untyped_storage()._cdata in storages for t in written):
+            writers.append(n)
         n = n.next
     return writers
 

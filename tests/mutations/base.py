@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 H = I = 16  # noqa: E741
-E, K, T = 5, 2, 16  # T equals H and the batch equals K: sizes alone tell no axis from another
+E, K, T = 4, 2, 16  # T equals H and the batch equals K: sizes alone tell no axis from another
 ODD = 2  # the expert that one-expert mutations change
 
 Expert = int | Tensor

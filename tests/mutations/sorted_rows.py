@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations import moe as _registers_the_op  # noqa: F401
 
 from mutations.base import ODD, E, Family, H, K
 
@@ -123,8 +124,6 @@ class Grouped(Sorted):
     without = frozenset({"descending_sort"})
 
     def grouped(self, x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-        from transformers.integrations import moe as _  # noqa: F401  (registers the op)
-
         return torch.ops.transformers.grouped_mm_fallback(x, w.transpose(1, 2), offs)
 
     def offsets(self, counts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,11 +20,11 @@ from mutations.judge import Verdict, judge
 LETTER = {"rewritten": "R", "refused": "-", "WRONG": "W", "CRASH": "C"}
 
 
-def verdicts(families: list[str], only: list[str], validate: str, second_layer: bool) -> list[Verdict]:
+def verdicts(families: list[str], only: list[str], **judge_kwargs: Any) -> list[Verdict]:
     found = []
     for family, mutation in [(f, None) for f in FAMILIES] + list(mutants()):
         if family in families and (not only or mutation in only):
-            found.append(judge(family, mutation, validate, second_layer))
+            found.append(judge(family, mutation, **judge_kwargs))
             print(f"\r{len(found)} {found[-1].name:50s} {found[-1].status}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found
@@ -60,8 +61,10 @@ def main() -> int:
     parser.add_argument("--validate", default="auto", choices=["auto", "always", "off"])
     parser.add_argument("--reasons", action="store_true", help="also print why each refused mutant was refused")
     parser.add_argument("--second-layer", action="store_true", help="each mutant as the layer after its original")
+    parser.add_argument("--dynamic", action="store_true", help="compile with dynamic=True")
     args = parser.parse_args()
-    found = verdicts(args.family or list(FAMILIES), args.mutation, args.validate, args.second_layer)
+    settings = {"validate": args.validate, "second_layer": args.second_layer, "dynamic": args.dynamic or None}
+    found = verdicts(args.family or list(FAMILIES), args.mutation, **settings)
     print(table(found), summary(found), sep="\n\n")
     if args.reasons:
         print("\n".join(f"{v.name}: {v.reason}" for v in found if v.status == "refused"))

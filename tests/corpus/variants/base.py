@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # All different, so that a confusion of two axes is a shape error or a wrong number and never an accident.
-H, I, E, K, T = 24, 20, 5, 2, 12  # noqa: E741
+H, I, E, K, T = 24, 20, 4, 2, 12  # noqa: E741
 
 
 def x2d(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -154,7 +154,7 @@ class GroupsMax(_Loop):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(H, 6, bias=False)
-        self.experts.append(SwiGLU())
+        self.experts.extend(SwiGLU() for _ in range(6 - E))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         p = self.gate(x).softmax(-1)
