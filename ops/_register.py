@@ -17,16 +17,14 @@ class Op:
     """One registered op: what torch.ops calls.
 
     name: its name in torch.ops.moe_compile; schema: its full schema text; kernel, fake: as torch.library takes them.
-    backward, setup_context: as torch.library.register_autograd takes them; backward None raises when differentiated.
-    autograd: instead of those two, the whole kernel of the Autograd key.
+    autograd: the kernel of the Autograd key: an autograd.Function around the op below Autograd. None for an op that is
+    only called below it.
     """
 
     name: str
     schema: str
     kernel: Callable[..., Any]
     fake: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
-    setup_context: Callable[..., None] | None = None
     autograd: Callable[..., Any] | None = None
 
     @property
@@ -35,14 +33,7 @@ class Op:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
 
-def register_op(
-    schema: str,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., None] | None = None,
-    autograd: Callable[..., Any] | None = None,
-) -> Op:
+def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> Op:
     """Registers a functional op, or replaces the implementation of one registered with the same schema.
 
     torch keeps the first registration when a module is imported twice (a reload, a second copy on sys.path) and
@@ -51,7 +42,7 @@ def register_op(
 
     Raises RuntimeError if the name is registered with another schema.
     """
-    op = Op(schema[: schema.index("(")], schema, kernel, fake, backward, setup_context, autograd)
+    op = Op(schema[: schema.index("(")], schema, kernel, fake, autograd)
     table = _table()
     old = table.get(op.name)
     if old is not None and old[0].schema != schema:
@@ -64,6 +55,11 @@ def register_op(
     return op
 
 
+def below_autograd() -> Any:
+    """A context in which an op's own call goes past its Autograd kernel."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def _table() -> dict[str, tuple[Op, Library]]:
     """Ops by name, on torch's own namespace object so that a second import of this module finds them."""
     namespace = vars(getattr(torch.ops, NAMESPACE))
@@ -72,7 +68,7 @@ def _table() -> dict[str, tuple[Op, Library]]:
 
 
 def _define(op: Op) -> Library:
-    """Library.define and impl, not custom_op: 8 us a call where that takes 20 (benchmarks/notes.md)."""
+    """Library.define and impl, not custom_op: 6 us a call where that takes 11 (benchmarks/notes.md)."""
     name, table = op.name, _table()
     library = Library(NAMESPACE, "FRAGMENT")
     library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -84,37 +80,12 @@ def _define(op: Op) -> Library:
                 return table[name][0].kernel(*args)
         return table[name][0].kernel(*args)
 
+    def autograd(*args: Any) -> Any:
+        found = table[name][0].autograd
+        return found(*args) if found is not None else kernel(*args)
+
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library)
     if op.autograd is not None:
-        library.impl(name, lambda *args: _autograd_of(name)(*args), "Autograd")
-    else:
-        _define_backward(name, library)
+        library.impl(name, autograd, "Autograd")
     return library
-
-
-def _autograd_of(name: str) -> Callable[..., Any]:
-    autograd = _table()[name][0].autograd
-    if autograd is None:
-        raise RuntimeError(f"{NAMESPACE}::{name} was registered again without its autograd kernel; start a new process")
-    return autograd
-
-
-def _define_backward(name: str, library: Library) -> None:
-    table = _table()
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup = table[name][0].setup_context
-        if setup is not None:
-            setup(ctx, inputs, output)
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        found = table[name][0].backward
-        if found is None:
-            raise RuntimeError(
-                f"{NAMESPACE}::{name} has no derivative (double backward through the experts is not supported); "
-                "run this part of the model in eager mode."
-            )
-        return found(ctx, *grads)
-
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)

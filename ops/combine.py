@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import registry
-from ._register import register_op
+from ._register import below_autograd, register_op
 
 NAME = "combine"
 SCHEMA = f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider) -> Tensor"
@@ -84,7 +84,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Any, topk_weights: Any, handle: list[Any], *rest: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             out = OP.overload(y, topk_weights, handle, *rest)
         # y is only read for the gradient of the weights, so it is not kept alive without them.
         ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, topk_weights)
@@ -108,11 +108,11 @@ def _autograd(*args: Any) -> Any:
     y, topk_weights = args[:2]
     if torch.is_grad_enabled() and (y.requires_grad or (topk_weights is not None and topk_weights.requires_grad)):
         return _Differentiable.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return OP.overload(*args)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -133,16 +133,30 @@ class _Sums:
             self.sums[index] = self.sums[index] + term
             self.owned.add(index)
 
-    def add_columns(self, tile: int, term: Any) -> None:
+    def tile(self, index: int, like: Any) -> Any:
+        """Where the only term of a column slice's adjoint may be written at once; None where there is no such place."""
+        step = self.program.steps[index]
+        if step.op != "cols" or step.args[0] not in self.tilings or self.tilings[step.args[0]][index] > 1:
+            return None
+        if like.dtype != self.types[index].dtype or like.shape != self.shape(index):
+            return None
+        return self._tile(index, like)
+
+    def _tile(self, index: int, like: Any) -> Any:
+        step = self.program.steps[index]
+        whole = step.args[0]
+        if self.sums[whole] is None:
+            self.sums[whole] = like.new_empty(self.shape(whole))
+            self.unwritten[whole] = set(self.tilings[whole])
+        self.unwritten[whole].discard(index)
+        return _columns(self.sums[whole], step)
+
+    def add_columns(self, slice_index: int, term: Any) -> None:
         """Adds the adjoint of a column slice to that of its operand."""
-        step = self.program.steps[tile]
+        step = self.program.steps[slice_index]
         index = step.args[0]
         if index in self.tilings:
-            if self.sums[index] is None:
-                self.sums[index] = term.new_empty(self.shape(index))
-                self.unwritten[index] = set(self.tilings[index])
-            self.unwritten[index].discard(tile)
-            _columns(self.sums[index], step).copy_(term)
+            self._tile(slice_index, term).copy_(term)
             return
         if index not in self.owned:
             whole = term.new_zeros(self.shape(index))
@@ -152,19 +166,24 @@ class _Sums:
 
 
 @functools.lru_cache(maxsize=1024)
-def tilings(program: Program, types: tuple[Value, ...]) -> dict[int, tuple[int, ...]]:
-    """Steps that are only read through disjoint column slices that cover them, and those slices.
+def tilings(program: Program, types: tuple[Value, ...]) -> dict[int, dict[int, int]]:
+    """Steps that are only read through disjoint column slices that cover them; how many steps read each of the slices.
 
     Their adjoint is written slice by slice: one pass where zeros and a sum for each slice take five.
     """
     found = {}
-    for index, value in enumerate(types):
+    for index, value in enumerate(types[:-1]):
         readers = [(at, step) for at, step in enumerate(program.steps) if index in step.args]
-        if readers and all(step.op == "cols" for _, step in readers) and index < len(types) - 1:
+        if readers and all(step.op == "cols" for _, step in readers):
             columns = [column for _, step in readers for column in range(*step.attrs)]
             if sorted(columns) == list(range(value.width)):
-                found[index] = tuple(at for at, _ in readers)
+                found[index] = {at: _reads_of(program, at) for at, _ in readers}
     return found
+
+
+def _reads_of(program: Program, index: int) -> int:
+    """How often other steps read this one; the program's result counts as one."""
+    return sum(step.args.count(index) for step in program.steps) + (index == len(program.steps) - 1)
 
 
 def _spread(step: Step, index: int, total: Any, values: Sequence[Any], sums: _Sums, active: tuple[bool, ...]) -> None:
@@ -174,7 +193,11 @@ def _spread(step: Step, index: int, total: Any, values: Sequence[Any], sums: _Su
         return
     operands = [values[arg] for arg in step.args]
     for arg, partial in zip(step.args, FUNCTIONS[step.op].partials, strict=True):
-        if active[arg] and partial is not None:
+        if not active[arg] or partial is None:
+            continue
+        if partial.write is not None and (out := sums.tile(arg, total)) is not None:
+            partial.write(out, total, values[index], *operands, *step.attrs)
+        else:
             sums.add(arg, partial.adjoint(total, values[index], *operands, *step.attrs))
 
 

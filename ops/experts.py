@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import registry
-from ._register import register_op
+from ._register import below_autograd, register_op
 from .evaluate import Needs, reverse_plan
 from .infer import Inputs, Value, infer
 from .layout import Params
@@ -179,7 +179,7 @@ class _Differentiable(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         ctx.needs, ctx.num_weights, ctx.rest = [wanted[0], *wanted[3:]], num_weights, rest
         inputs = (x, order, offsets, topk_weights, params[:num_weights], params[num_weights:], *rest)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y, saved = SAVING_OP.overload(*inputs, ctx.needs)
         ctx.num_saved = len(saved)
         ctx.save_for_backward(*saved, *tensors)
@@ -191,9 +191,28 @@ class _Differentiable(torch.autograd.Function):
         saved, (x, order, offsets, topk_weights, *params) = kept[: ctx.num_saved], kept[ctx.num_saved :]
         weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
         inputs = (x, order, offsets, topk_weights, weights, biases, *ctx.rest)
-        found = BACKWARD_OP.overload(grad, list(saved), *inputs, ctx.needs)
+        with below_autograd():
+            found = BACKWARD_OP.overload(grad, list(saved), *inputs, ctx.needs)
+        if torch.is_grad_enabled():  # create_graph=True
+            anchor = next(each for each in (x, topk_weights, *params) if each is not None and each.requires_grad)
+            found = _FirstDerivative.apply(anchor, *found)
         grads = [each if need else None for each, need in zip(found, ctx.needs, strict=True)]
         return None, None, grads[0], None, None, *grads[1:]
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Marks gradients as not differentiable again: an error where someone does, not a gradient that is silently zero."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Any, *grads: Any) -> tuple[Any, ...]:
+        return tuple(grad.clone() for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "double backward through moe_compile's experts is not supported; run this part of the model in eager mode, "
+            "without backend='moe_compile'"
+        )
 
 
 def _autograd(*args: Any) -> Any:
@@ -201,7 +220,7 @@ def _autograd(*args: Any) -> Any:
     tensors = (x, order, offsets, topk_weights, *weights, *biases)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
         return _Differentiable.apply(len(weights), tuple(rest), *tensors)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return OP.overload(*args)
 
 
@@ -230,7 +249,7 @@ def _backward_fake(grad: Any, saved: list[Any], *args: Any) -> list[Any]:
     return empty_grads(prepare(*inputs), needs_grad)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd)
 SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake)
 BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
 

@@ -22,10 +22,14 @@ aten = torch.ops.aten
 
 
 class Partial(NamedTuple):
-    """The adjoint of one operand, and which values it reads: y the result, a b c the operands in order."""
+    """The adjoint of one operand, and which values it reads: y the result, a b c the operands in order.
+
+    write(out, grad, y, *operands, *attrs) puts the same into out, for those where that saves a pass worth saving.
+    """
 
     reads: str
     adjoint: Callable[..., Any]
+    write: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +48,18 @@ class Function:
     result: str = "promote"
 
 
-def _unary(forward: Callable[..., Any], reads: str, adjoint: Callable[..., Any], *attrs: Any, result: str = "float") -> Function:
-    return Function(forward, (Partial(reads, adjoint),), attrs, result)
-
-
-def _binary(
+def _unary(
     forward: Callable[..., Any],
-    first: tuple[str, Callable[..., Any]],
-    second: tuple[str, Callable[..., Any]],
-    result: str = "promote",
+    reads: str,
+    adjoint: Callable[..., Any],
+    *attrs: Any,
+    result: str = "float",
+    write: Callable[..., Any] | None = None,
 ) -> Function:
+    return Function(forward, (Partial(reads, adjoint, write),), attrs, result)
+
+
+def _binary(forward: Callable[..., Any], first: tuple[Any, ...], second: tuple[Any, ...], result: str = "promote") -> Function:
     return Function(forward, (Partial(*first), Partial(*second)), (), result)
 
 
@@ -70,16 +76,17 @@ def _clamp_passes_bounds() -> bool:
         return bool((grad[0] if isinstance(grad, tuple) else grad).item() == 1.0)
 
 
-_ABOVE, _BELOW = (operator.ge, operator.le) if _clamp_passes_bounds() else (operator.gt, operator.lt)
+# a >= lo and a <= hi where the bounds pass a gradient, else a > lo and a < hi
+ABOVE, BELOW = (operator.ge, operator.le) if _clamp_passes_bounds() else (operator.gt, operator.lt)
 
 
 def _clamp_adjoint(g: Any, y: Any, a: Any, lo: Any, hi: Any) -> Any:
     """Stops at NaN, and at the bounds where the torch that runs does."""
     keep = torch.ones_like(a, dtype=torch.bool)
     if lo is not None:
-        keep = keep & _ABOVE(a, lo)
+        keep = keep & ABOVE(a, lo)
     if hi is not None:
-        keep = keep & _BELOW(a, hi)
+        keep = keep & BELOW(a, hi)
     return torch.where(keep, g, 0)
 
 
@@ -102,7 +109,11 @@ FUNCTIONS: dict[str, Function] = {
     # arithmetic; the operators + - * / and unary minus are the first five
     "add": _binary(operator.add, ("", lambda g, y, a, b: g), ("", lambda g, y, a, b: g)),
     "sub": _binary(operator.sub, ("", lambda g, y, a, b: g), ("", lambda g, y, a, b: -g)),
-    "mul": _binary(operator.mul, ("b", lambda g, y, a, b: g * b), ("a", lambda g, y, a, b: g * a)),
+    "mul": _binary(
+        operator.mul,
+        ("b", lambda g, y, a, b: g * b, lambda out, g, y, a, b: torch.mul(g, b, out=out)),
+        ("a", lambda g, y, a, b: g * a, lambda out, g, y, a, b: torch.mul(g, a, out=out)),
+    ),
     "div": _binary(
         operator.truediv,
         ("b", lambda g, y, a, b: g / b),
@@ -150,8 +161,18 @@ FUNCTIONS: dict[str, Function] = {
     "eq": _compare(operator.eq),
     "ne": _compare(operator.ne),
     # activations
-    "silu": _unary(F.silu, "a", lambda g, y, a: aten.silu_backward(g, a)),
-    "gelu": _unary(F.gelu, "a", lambda g, y, a: aten.gelu_backward(g, a)),
+    "silu": _unary(
+        F.silu,
+        "a",
+        lambda g, y, a: aten.silu_backward(g, a),
+        write=lambda out, g, y, a: aten.silu_backward.grad_input(g, a, grad_input=out),
+    ),
+    "gelu": _unary(
+        F.gelu,
+        "a",
+        lambda g, y, a: aten.gelu_backward(g, a),
+        write=lambda out, g, y, a: aten.gelu_backward.grad_input(g, a, grad_input=out),
+    ),
     "gelu_tanh": _unary(_gelu_tanh, "a", lambda g, y, a: aten.gelu_backward(g, a, approximate="tanh")),
     "relu": _unary(torch.relu, "y", lambda g, y, a: aten.threshold_backward(g, y, 0), result="promote"),
     "leaky_relu": _unary(F.leaky_relu, "a", lambda g, y, a, s: aten.leaky_relu_backward(g, a, s, False), 0.01),

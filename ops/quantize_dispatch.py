@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import registry
-from ._register import register_op
+from ._register import below_autograd, register_op
 
 NAME = "quantize_dispatch"
 SCHEMA = (
@@ -54,11 +54,11 @@ def _fake(x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str) -
 
 def _autograd(*args: Any) -> Any:
     """Provider local moves no rows, so nothing that it returns has a gradient."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return OP.overload(*args)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, autograd=_autograd)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

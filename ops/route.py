@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import registry
-from ._register import register_op
+from ._register import below_autograd, register_op
+from .functions import ABOVE
 
 NAME = "route"
 SCHEMA = (
@@ -130,7 +131,7 @@ def _normalize_backward(grad: Any, gathered: Any, routing: Routing) -> Any:
     below = _denominator(gathered, routing)
     shared = -(grad * gathered / (below * below)).sum(-1, keepdim=True)
     if routing.eps_mode == "clamp":
-        shared = torch.where(gathered.sum(-1, keepdim=True) >= routing.eps, shared, 0)
+        shared = torch.where(ABOVE(gathered.sum(-1, keepdim=True), routing.eps), shared, 0)
     return grad / below + shared
 
 
@@ -162,25 +163,6 @@ def _fake(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.routing = Routing(*inputs[2:])
-
-
-def _backward(ctx: Any, grad_weights: Any, _: Any) -> tuple[Any, ...]:
-    logits, bias, ids = ctx.saved_tensors
-    routing = ctx.routing
-    scores = _SCORES_UNDER_AUTOCAST[routing.score](logits.to(routing.score_dtype or logits.dtype))
-    weighing, out = _choice(scores, bias, routing) if routing.weights_from == "choice" else (scores, None)
-    grad = grad_weights.to(weighing.dtype) * routing.scale
-    picked = _normalize_backward(grad, weighing.gather(-1, ids), routing)
-    grad_scores = torch.zeros_like(weighing).scatter(-1, ids, picked).to(scores.dtype)
-    if out is not None:
-        grad_scores = grad_scores.masked_fill(out, 0)
-    grad_logits = _SCORES[routing.score][1](grad_scores, scores, logits.to(scores.dtype))
-    return grad_logits.to(logits.dtype), *[None] * (1 + len(Routing._fields))
-
-
 # The backward is plain torch in the caller's graph, where autocast would turn torch.softmax and softplus into float32.
 _SCORES_UNDER_AUTOCAST: dict[str, Callable[[Any], Any]] = {
     "softmax": lambda logits: torch.ops.aten._softmax(logits, -1, False),
@@ -189,7 +171,45 @@ _SCORES_UNDER_AUTOCAST: dict[str, Callable[[Any], Any]] = {
     "none": lambda logits: logits,
 }
 
-OP = register_op(SCHEMA, _kernel, _fake, _backward, _setup_context)
+
+class _Differentiable(torch.autograd.Function):
+    """Keeps logits and ids; the scores are cheaper to compute again than to keep."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
+        with below_autograd():
+            weights, ids = OP.overload(logits, bias, *constants)
+        ctx.save_for_backward(logits, bias, ids)
+        ctx.mark_non_differentiable(ids)
+        ctx.routing = Routing(*constants)
+        return weights, ids
+
+    @staticmethod
+    def backward(ctx: Any, grad_weights: Any, _: Any) -> tuple[Any, ...]:
+        """Plain torch, which Inductor fuses with what stands around it."""
+        logits, bias, ids = ctx.saved_tensors
+        routing = ctx.routing
+        scores = _SCORES_UNDER_AUTOCAST[routing.score](logits.to(routing.score_dtype or logits.dtype))
+        weighing, out = _choice(scores, bias, routing) if routing.weights_from == "choice" else (scores, None)
+        grad = grad_weights.to(weighing.dtype) * routing.scale
+        picked = _normalize_backward(grad, weighing.gather(-1, ids), routing)
+        grad_scores = torch.zeros_like(weighing).scatter(-1, ids, picked).to(scores.dtype)
+        if out is not None:
+            grad_scores = grad_scores.masked_fill(out, 0)
+        grad_logits = _SCORES[routing.score][1](grad_scores, scores, logits.to(scores.dtype))
+        return grad_logits.to(logits.dtype), *[None] * (1 + len(Routing._fields))
+
+
+def _autograd(logits: Any, *rest: Any) -> tuple[Any, Any]:
+    if torch.is_grad_enabled() and logits.requires_grad:
+        weights, ids = _Differentiable.apply(logits, *rest)
+        return weights, ids
+    with below_autograd():
+        weights, ids = OP.overload(logits, *rest)
+        return weights, ids
+
+
+OP = register_op(SCHEMA, _kernel, _fake, _autograd)
 
 
 def cost(problem: registry.Problem) -> float:

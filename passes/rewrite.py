@@ -17,6 +17,7 @@ from .decisions import callee, tensor_of
 from .emit import Emitter, size_argument
 from .lift import Refused
 from .lift.algebra import add
+from .lift.expr import Expr
 from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
 from .region import MoERegion
@@ -99,7 +100,7 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     autocast = _autocast_on(em.region)
     off = em.call(torch.amp.autocast_mode._enter_autocast, *autocast) if autocast else None
     x_TH = _frozen(em, "x", em.matrix(f.x, f.x_feat))
-    ids_TK = em.matrix(f.ids, f.slots)
+    ids_TK = _slots(em, em.matrix(f.ids, f.slots), f.ids)
     w_TK = em.matrix(f.weight, f.slots) if f.weight is not None else None
     inner_TK = em.matrix(f.inner, f.slots) if f.inner is not None else None
     weights = [_frozen_list(em, f"mm{j}", *em.parameter(p, "eio")) for j, p in enumerate(f.weights)]
@@ -107,13 +108,13 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     sent = em.call(ops.quantize_dispatch.default, x_TH, ids_TK, f.num_experts, quant, providers["comm"])
     order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
     y_TKO = em.call(
-        ops.permute_experts_unpermute.default, x_TH, order, offsets, _slots(em, inner_TK), _flat(weights), _flat(biases), f.program,
-        ",".join(w for _, w in weights), ",".join(b for _, b in biases), f.top_k, providers["experts"],
+        ops.permute_experts_unpermute.default, x_TH, order, offsets, _slots(em, inner_TK, f.inner), _flat(weights), _flat(biases),
+        f.program, ",".join(w for _, w in weights), ",".join(b for _, b in biases), f.top_k, providers["experts"],
     )  # fmt: skip
     if f.summed:
-        out = em.call(ops.combine.default, y_TKO, _slots(em, w_TK), handle, f.dtype, providers["comm"])
+        out = em.call(ops.combine.default, y_TKO, _slots(em, w_TK, f.weight), handle, f.dtype, providers["comm"])
     else:
-        out = _each_slot(em, y_TKO, _slots(em, w_TK))
+        out = _each_slot(em, y_TKO, _slots(em, w_TK, f.weight))
     if f.rest:
         out = em.method("to", em.call(operator.add, out, em.matrix(add(*f.rest), f.feat)), f.dtype)
     if off is not None:
@@ -142,13 +143,13 @@ def _flat(params: list[tuple[list[Node], str]]) -> list[Node]:
     return [n for nodes, _ in params for n in nodes]
 
 
-def _slots(em: Emitter, w: Node | float | None) -> Node | None:
-    """A routing weight for every slot: one that all slots of a token share is repeated."""
-    if w is None or not isinstance(w, Node):
+def _slots(em: Emitter, n: Node | float | None, e: Expr | None) -> Node | None:
+    """Ids or weights for every slot: one that all slots of a token share is repeated."""
+    if e is None or not isinstance(n, Node):
         return None
     f = em.region.formula
-    shared = not any(v in (f.weight or f.ids).free for v in f.slots)
-    return em.method("expand", w, -1, f.top_k) if shared and f.top_k > 1 else w
+    shared = not any(v in e.free for v in f.slots)
+    return em.method("expand", n, -1, f.top_k) if shared and f.top_k > 1 else n
 
 
 def _as_root(em: Emitter, out: Node) -> Node:

@@ -311,7 +311,7 @@ class Grower:
         return Pair(raw("sum", v, body.plain), sum_(v, body.simple))  # type: ignore[arg-type]
 
     def sorted_sum(self, depth: int, scope: list[Any]) -> Pair:
-        """A sum over sorted rows, perhaps not all of them, of what stands at the unsorted row, perhaps times what depends on the position."""
+        """A sum over sorted rows, perhaps not all, of what stands at the unsorted row, perhaps times what depends on the position."""
         w = self.world
         v = Var(self.one_of([w.T * w.K, w.T * w.K, w.T]))
         at = Pair(raw("perm", w.order, v), perm(w.order, v))
@@ -372,7 +372,9 @@ class Grower:
         return Pair(raw("mul", b.plain, a.plain), mul(b.simple, a.simple))
 
     def _slot_sum_at(self, t: Pair, e: Pair, depth: int, scope: list[Any]) -> Pair:
-        k = Var(self.draw(st.integers(1, self.world.K)))
+        k = Var(self.draw(st.sampled_from(range(self.world.K, 0, -1))))
+        if not self.draw(st.integers(0, 7)):
+            e = self.index(self.world.E, 1, [*scope, k])
         g = self.grow([lambda: same(const(1)), lambda: self._slot_value(t, k), lambda: self.scalar(depth, [*scope, k])])
         tests = [raw("load", self.world.ids, a, k) for a in t]
         plain = raw("sum", k, raw("mul", raw("eq", tests[0], e.plain), g.plain))

@@ -222,7 +222,7 @@ def test_route_is_the_torch_spelling_bit_for_bit(v, score, normalize, biased, fr
     eps = 1e-20 if normalize == "sum" else 0.0
     want_w, want_ids = plain_router(v, bias, top_k, score, normalize, 1.5)
     got_w, got_ids = OPS.route(
-        v, bias, top_k, score, normalize, eps, "add", 1.5, 1, 1, "max", 0.0, None, None, True
+        v, bias, top_k, score, normalize, eps, "add", 1.5, 1, 1, "max", 0.0, None, None, True, "scores"
     )  # fmt: skip
     assert torch.equal(got_ids, want_ids)
     torch.testing.assert_close(got_w, want_w, rtol=0, atol=0, equal_nan=True)
@@ -232,7 +232,7 @@ def test_nan_scores_reach_the_output_as_in_eager():
     """A token with NaN scores gives NaN, the others are untouched."""
     x, gate = torch.randn(4, 6), torch.randn(6, 3)
     x[1] = math.nan
-    w, ids = OPS.route(x @ gate, None, 2, "softmax", "sum", 0.0, "add", 1.0, 1, 1, "max", 0.0, None, None, True)
+    w, ids = OPS.route(x @ gate, None, 2, "softmax", "sum", 0.0, "add", 1.0, 1, 1, "max", 0.0, None, None, True, "scores")
     m = [torch.randn(3, 6, 4), torch.randn(3, 4, 6)]
     body = BODIES["input_weighted"]
     out = stages(x, ids, w, 3, body, m, [], body.text(4), "eio,eio", "reference")

@@ -65,7 +65,7 @@ def quotient(a: Size, b: Size) -> Size:
     import sympy
 
     q = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
-    if sympy.fraction(q)[1] != 1:
+    if sympy.fraction(sympy.together(q))[1] != 1:  # (s + 1) / 2 has its denominator in the coefficients
         return None
     return int(q) if q.is_number else q
 

@@ -83,7 +83,8 @@ def beyond_noise(got: Seen, want: Seen, exact: Seen, tolerance: float) -> list[s
     exact: the same in a wider type.  A sum that cancels (the gradient of a bias before a softmax) is all rounding.
     """
     a, b, e = got.items(), want.items(), exact.items()
-    return [n for n in b if error(a[n], b[n]) > tolerance and _off(a[n], e[n]) > 8 * _off(b[n], e[n])]
+    floor = 1e-6 * max(_off(t, None) for t in e.values())
+    return [n for n in b if error(a[n], b[n]) > tolerance and _off(a[n], e[n]) > max(8 * _off(b[n], e[n]), floor)]
 
 
 def _off(got: Tensor | None, exact: Tensor | None) -> float:
