@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import logging
 import os
 import pathlib
 import platform
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -238,8 +240,10 @@ def parse_args() -> Any:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    # naive+c: the loop's where() stays in one graph
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # naive+c: the loop's where() stays in one graph
+    # hf+c in training: the backward of transformers' fallback op cannot be traced, and Dynamo tells at length
+    torch._logging.set_logs(dynamo=logging.ERROR)
+    warnings.filterwarnings("ignore")
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         for dtype_name in args.dtypes:

@@ -12,11 +12,22 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from . import combine, comm_local, experts, experts_cpu, experts_cuda, experts_reference, quantize_dispatch, registry, route
+from . import (
+    combine,
+    comm_local,
+    experts,
+    experts_combine,
+    experts_cpu,
+    experts_cuda,
+    experts_reference,
+    quantize_dispatch,
+    registry,
+    route,
+)
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
-OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP)
+OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP, experts_combine.OP)
 
 
 def source_hash() -> str:
@@ -35,6 +46,7 @@ __all__ = [
     "combine",
     "comm_local",
     "experts",
+    "experts_combine",
     "experts_cpu",
     "experts_cuda",
     "experts_reference",

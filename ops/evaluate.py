@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from .functions import FUNCTIONS
 from .infer import Value
 from .program import Program, Step
@@ -63,12 +65,40 @@ def reverse_plan(program: Program, needs: Needs, keep: bool) -> Plan:
 
 
 def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[Any]:
-    """The value of every step in order, the last one is the result; with a plan only of those it wants, else None."""
+    """The value of each step in order, the last one is the result.
+
+    With a plan: only of those it wants, None for the others. Without: values that a later step overwrote are gone.
+    """
     values: list[Any] = []
+    overwriting = overwriting_steps(program)
     for index, step in enumerate(program.steps):
-        skip = plan is not None and index not in plan.wanted
-        values.append(None if skip else _value(index, step, [values[arg] for arg in step.args], reads))
+        args = [values[arg] for arg in step.args]
+        if plan is not None and index not in plan.wanted:
+            values.append(None)
+        elif plan is None and index in overwriting and _fits(*args):
+            values.append(_IN_PLACE[step.op](*args, out=args[0]))
+        else:
+            values.append(_value(index, step, args, reads))
     return values
+
+
+_IN_PLACE = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}
+
+
+@functools.lru_cache(maxsize=1024)
+def overwriting_steps(program: Program) -> frozenset[int]:
+    """Arithmetic on a function's result that nothing else reads, so that it may take that result's memory."""
+    found = set()
+    for index, step in enumerate(program.steps):
+        if step.op in _IN_PLACE and program.steps[step.args[0]].op in FUNCTIONS and _reads_of(program, step.args[0]) == 1:
+            found.add(index)
+    return frozenset(found)
+
+
+def _fits(a: Any, b: Any) -> bool:
+    if not isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and a.is_floating_point()
+    return isinstance(a, torch.Tensor) and a.dtype == b.dtype and a.dim() == 2 and a.numel() >= b.numel()
 
 
 def reverse(

@@ -28,6 +28,7 @@ SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
 SAVING = NAME + "_saving"
 SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
 BACKWARD = NAME + "_backward"
+COMBINED = "permute_experts_combine"  # experts_combine.py
 BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one
@@ -120,11 +121,11 @@ def _check(program: Program, x: Any, weights: Params, biases: Params, topk_weigh
 def _kernel(*args: Any) -> Any:
     *inputs, provider = args
     call = prepare(*inputs)
-    _check_slots(call)
+    check_slots(call)
     return registry.kernel("experts", provider, NAME)(call)
 
 
-def _check_slots(call: Call) -> None:
+def check_slots(call: Call) -> None:
     slots = call.x.shape[0] * call.top_k
     if call.order.numel() != slots or call.order.dtype != torch.int64 or call.offsets.dtype != torch.int32:
         raise ValueError(
@@ -142,7 +143,7 @@ def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
     """y, and the products that the backward reads, one [N, out] a product in sorted order (none: it recomputes)."""
     *inputs, provider, needs_grad = args
     call = prepare(*inputs)
-    _check_slots(call)
+    check_slots(call)
     if not _saves(provider):
         return registry.kernel("experts", provider, NAME)(call), []
     y, saved = registry.kernel("experts", provider, SAVING)(call, needs_grad)
@@ -227,7 +228,7 @@ def _autograd(*args: Any) -> Any:
 def _backward_kernel(grad: Any, saved: list[Any], *args: Any) -> list[Any]:
     *inputs, provider, needs_grad = args
     call = prepare(*inputs)
-    _check_slots(call)
+    check_slots(call)
     run = registry.kernel("experts", provider, BACKWARD)
     grads: list[Any] = run(call, grad.reshape(-1, call.values[-1].width), saved, needs_grad)
     return grads

@@ -18,7 +18,7 @@ import torch
 from . import registry
 from .blocks import Block, cut, split
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, NAME, SAVING, Call, empty_grads, empty_saved
+from .experts import BACKWARD, COMBINED, NAME, SAVING, Call, empty_grads, empty_saved
 from .layout import views
 from .program import Program
 
@@ -181,10 +181,28 @@ def _forward(call: Call, saved: dict[int, Any]) -> Any:
     for block in rows.blocks:
         values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, saved)))
         y_NO.index_copy_(0, rows.slots(block), values[-1].expand(block.stop - block.start, width))
-    y_NO.index_fill_(0, call.order[rows.used :], 0)
+    if rows.used < len(call.order):
+        y_NO.index_fill_(0, call.order[rows.used :], 0)
     for product in saved.values():
         product[rows.used :] = 0  # rows of no expert: nothing reads them, but an op's result is all defined
     return y_NO.view(tokens, top_k, width)
+
+
+def forward_combined(call: Call, weights_TK: Any, out_dtype: Any) -> Any:
+    """out [T, O]: each block's rows are added to their tokens at once, so that y [T, K, O] is never in memory."""
+    tokens, _, width = call.out_shape
+    dtype = sum_dtype(call.values[-1].dtype if weights_TK is None else torch.promote_types(call.values[-1].dtype, weights_TK.dtype))
+    out_TO = call.x.new_zeros((tokens, width), dtype=dtype)
+    weights_N1 = None if weights_TK is None else weights_TK.reshape(-1, 1).to(dtype)
+    rows = Rows(call)
+    products = Products(call, rows.blocks)
+    for block in rows.blocks:
+        values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, {})))
+        result = values[-1].to(dtype)
+        if weights_N1 is not None:
+            result = result * weights_N1.index_select(0, rows.slots(block))
+        out_TO.index_add_(0, rows.tokens[block.start : block.stop], result.expand(block.stop - block.start, width))
+    return out_TO.to(out_dtype)
 
 
 def _forward_mm(call: Call, products: Products, block: Block, saved: dict[int, Any]) -> Callable[[int, Any], Any]:
@@ -313,7 +331,7 @@ PROVIDER = registry.register(
     registry.Provider(
         "cpu_grouped",
         "experts",
-        {NAME: forward, SAVING: forward_saving, BACKWARD: backward},
+        {NAME: forward, SAVING: forward_saving, BACKWARD: backward, COMBINED: forward_combined},
         cost,
         supports,
     )

@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map
 
 from moe_compile.passes.lift import Interp
+from moe_compile.passes.lift.expr import loads
 from moe_compile.passes.lift.value import Value
 
 
@@ -87,6 +88,11 @@ class Program:
         """Why the node stayed a leaf (which is always right), None if a rule opened it."""
         self.interp.value(n)
         return self.interp.reasons.get(n)
+
+    def opened(self, n: Node) -> bool:
+        """Is the value of n an expression over the inputs alone?"""
+        value = self.interp.value(n)
+        return all(a.op == "placeholder" for x in loads(value.expr) for a in x.args[0].nodes)
 
     def error(self, n: Node) -> str | None:
         """How the lifted value differs from the real one, None if it does not."""

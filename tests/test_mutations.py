@@ -44,7 +44,8 @@ def test_mutant_means_itself(family, mutation):
     assert verdict.status in ("rewritten", "refused"), verdict
 
 
-SECOND = [(f, m) for f, m in sample(1) if m in EXPERT]
+# Not where one rounding to bfloat16 that falls the other way, after the first layer's last bit, is told from nothing.
+SECOND = [(f, m) for f, m in sample(1) if m in set(EXPERT) - ROUNDING and "bf16" not in f]
 
 
 @pytest.mark.parametrize(("family", "mutation"), SECOND, ids=[f"{f}-{m}" for f, m in SECOND])

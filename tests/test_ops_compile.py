@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from ops_cases import value_and_grads, with_grad
 
-from moe_compile.ops import combine, experts, quantize_dispatch, route
+from moe_compile.ops import combine, experts, experts_combine, quantize_dispatch, route
 from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.route import Routing
 
@@ -22,7 +22,14 @@ CHECKED = [
     *((quantize_dispatch.OP, (*args, "local")) for args in quantize_dispatch.sample_inputs()),
     *((combine.OP, (*args, "local")) for args in combine.sample_inputs()),
     *((experts.OP, (*args, provider)) for args in experts.sample_inputs() for provider in ("reference", "cpu_grouped")),
+    *((experts_combine.OP, (*args, provider)) for args in experts_combine.sample_inputs() for provider in ("reference", "cpu_grouped")),
 ]
+
+
+@pytest.mark.parametrize("args", experts_combine.sample_inputs())
+@pytest.mark.parametrize("provider", ["reference", "cpu_grouped"])
+def test_opcheck_passes_for_experts_and_combine_in_one_without_gradients(args: tuple[Any, ...], provider: str) -> None:
+    torch.library.opcheck(experts_combine.OP.overload, (*args, provider))
 
 
 @pytest.mark.parametrize(("op", "args"), CHECKED)

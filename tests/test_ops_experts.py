@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import CASES, IDS, E, arguments, ids_of, leaves, run, slot_loop, value_and_grads, with_grad
 
-from moe_compile.ops import experts, experts_cpu, experts_cuda, registry
+from moe_compile.ops import combine, experts, experts_combine, experts_cpu, experts_cuda, registry
 from moe_compile.ops.blocks import cut
 from moe_compile.ops.quantize_dispatch import counting_sort
 
@@ -28,6 +28,31 @@ def _compare(case_name: str, ids: torch.Tensor, provider: str, seed: int = 0) ->
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_loop_over_slots(case: str, ids: str, provider: str) -> None:
     _compare(case, ids_of(ids), provider)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("case", CASES)
+def test_experts_and_combine_in_one_are_the_two_ops(case: str, ids: str, weighted: bool) -> None:
+    args = arguments(CASES[case], ids_of(ids))
+    weights = torch.rand(ids_of(ids).shape, dtype=torch.float64) if weighted else None
+    for own in (args, with_grad(args)):
+        for provider in PROVIDERS:
+            expected = combine.OP.overload(run(own, provider), weights, [], None, "local")
+            actual = experts_combine.OP.overload(*own, weights, None, provider)
+            assert actual.requires_grad == expected.requires_grad
+            torch.testing.assert_close(actual, expected)
+
+
+def test_experts_and_combine_in_one_sum_half_precision_in_float32() -> None:
+    order, offsets = counting_sort(torch.zeros((1, 257), dtype=torch.int64), 1)
+    weight = torch.eye(8, dtype=torch.bfloat16).unsqueeze(0)
+    args = (torch.ones((1, 8), dtype=torch.bfloat16), order, offsets, None, [weight], [], "mm(0, x)", "eio", "", 257)
+    weights = torch.full((1, 257), 2.0**-8, dtype=torch.bfloat16)
+    weights[0, 0] = 1.0
+    for provider in PROVIDERS:
+        out = experts_combine.OP.overload(*args, weights, torch.float32, provider)
+        assert (out == 2.0).all()
 
 
 @st.composite

@@ -50,6 +50,8 @@ class Value:
                 part.append(new[k])
                 k += 1
             table[v] = index_of(part)
+        if k != len(new):
+            raise Refused(f"a dimension of {self.extent(i)} cannot be split into {tuple(sizes)}")
         return Value((*self.dims[:i], tuple(new), *self.dims[i + 1 :]), subst(self.expr, table))
 
     def renamed(self) -> Value:

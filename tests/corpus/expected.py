@@ -32,6 +32,9 @@ STYLE_REFUSED: dict[str, str] = {
     "expert_choice": "",
     "hf_doge_cdmoe": "",
     "expert_norm_inside": "",
+    "conv1x1_experts": "",
+    "expert_int8_weights": "",
+    "slot_masked_scatter": "",
 }
 
 # Regions of one style, where it is not one.
