@@ -5,7 +5,8 @@
 
 Paths, all on the same parameters and routing, measured in turn in one process:
     ours          the stage ops with provider cpu_grouped, called eagerly
-    ours+c        the same under torch.compile (Inductor, dynamic shapes), which is what backend="moe_compile" runs
+    ours+c        the same under torch.compile (Inductor, dynamic shapes)
+    one+c         the same with experts and combine in one op
     naive, +c     a masked loop over the experts, eager and compiled (compiled only with --compile-naive: minutes)
     hf, +c        transformers' MixtralExperts with experts_implementation="grouped_mm", eager and compiled
 Every path is held against a float64 loop in the same run; a path that is off by more than its dtype allows is reported
@@ -72,6 +73,15 @@ def ours(layer: Layer, x: Any, ids: Any, weights: Any) -> Any:
     return ops.combine(y, weights, handle, x.dtype, "local")
 
 
+def in_one(layer: Layer, x: Any, ids: Any, weights: Any) -> Any:
+    i, e, k = layer.shape.inter, layer.shape.experts, layer.shape.top_k
+    program = f"mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {2 * i}, 1))"
+    ops = torch.ops.moe_compile
+    _, _, order, offsets, _ = ops.quantize_dispatch(x, ids, e, "none", "local")
+    params = [layer.gate_up_proj, layer.down_proj]
+    return ops.permute_experts_combine(x, order, offsets, None, params, [], program, "eoi,eoi", "", k, weights, x.dtype, "cpu_grouped")
+
+
 def naive(layer: Layer, x: Any, ids: Any, weights: Any) -> Any:
     out = torch.zeros_like(x)
     for e in range(layer.shape.experts):
@@ -101,6 +111,7 @@ def paths_of(layer: Layer, compile_naive: bool) -> dict[str, Callable[..., Any]]
     hf = transformers_path(layer)
     paths = {"ours": ours, "naive": naive, "hf": hf}
     paths["ours+c"] = torch.compile(ours, dynamic=True, fullgraph=True)
+    paths["one+c"] = torch.compile(in_one, dynamic=True, fullgraph=True)
     paths["hf+c"] = torch.compile(hf, dynamic=True)
     if compile_naive:
         paths["naive+c"] = torch.compile(naive, dynamic=True)

@@ -85,6 +85,9 @@ def zoo_row(name: str) -> Row:
     return Row(name, graphs, len(report.rewritten), blocks, off, why(report, blocks, model, (), kwargs))
 
 
+NO_DECISION = "the rest shows no routing decision: never called, or its experts come from a table"
+
+
 def compile_eager(module: torch.nn.Module) -> tuple[moe_compile.RewriteReport, torch.nn.Module]:
     torch._dynamo.reset()
     report = moe_compile.RewriteReport()
@@ -102,7 +105,7 @@ def why(report: moe_compile.RewriteReport, blocks: int, module: torch.nn.Module,
     with torch.no_grad():
         told = moe_compile.explain(module)(*args, **kwargs)
     reasons = [r.reason for r in told.refused] or told.graph_breaks or told.notes or report.notes
-    return shorten("; ".join(dict.fromkeys(map(str, reasons))))
+    return shorten("; ".join(dict.fromkeys(map(str, reasons or [NO_DECISION]))))
 
 
 def shorten(text: str, limit: int = 160) -> str:

@@ -23,7 +23,7 @@ class Block(NamedTuple):
 
 
 def cut(ends: Sequence[int], rows_per_block: int) -> list[Block]:
-    """Blocks of at most rows_per_block rows; an expert is split only if it has more than a block.
+    """Blocks of at most rows_per_block rows. Experts stay whole, but for those of more rows, which are split evenly.
 
     ends: the end of each expert's rows, ascending (offsets of quantize_dispatch).
     """
@@ -31,14 +31,17 @@ def cut(ends: Sequence[int], rows_per_block: int) -> list[Block]:
     block = Block(0, 0, [], [])
     start = 0
     for expert, end in enumerate(ends):
-        while start < end:
-            if block.sizes and end - block.start > rows_per_block:
+        if block.sizes and end - block.start > rows_per_block:
+            blocks.append(block._replace(stop=start))
+            block = Block(start, start, [], [])
+        for pieces in range(-(-(end - start) // rows_per_block), 0, -1):  # how many are left
+            size = -(-(end - start) // pieces)
+            block.experts.append(expert)
+            block.sizes.append(size)
+            start += size
+            if pieces > 1:
                 blocks.append(block._replace(stop=start))
                 block = Block(start, start, [], [])
-            stop = min(end, block.start + rows_per_block)
-            block.experts.append(expert)
-            block.sizes.append(stop - start)
-            start = stop
     return [*blocks, block._replace(stop=start)] if block.sizes else blocks
 
 

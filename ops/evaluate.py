@@ -38,20 +38,34 @@ class Adjoints(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which inputs want a gradient: x, w, and each weight and bias."""
+    """Which inputs want a gradient: x, w, each weight and bias, and the scale of the result (see reverse)."""
 
     x: bool
     w: bool
     weights: tuple[bool, ...] = ()
     biases: tuple[bool, ...] = ()
+    scale: bool = False
+
+
+class Gradients(NamedTuple):
+    """Of x [R, H], w [R, 1] and scale [R, 1]; None where not needed or zero."""
+
+    x: Any
+    w: Any
+    scale: Any
 
 
 class Plan(NamedTuple):
-    """What a reverse evaluation touches: steps that a needed gradient flows through, and steps whose value it reads."""
+    """What a reverse evaluation touches.
+
+    active: steps that a needed gradient flows through; wanted: steps whose value it reads; kept: products among them
+    that come from the forward; scale: whether the scale of the result wants its gradient.
+    """
 
     active: tuple[bool, ...]
     wanted: frozenset[int]
     kept: tuple[int, ...]
+    scale: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -61,7 +75,7 @@ def reverse_plan(program: Program, needs: Needs, keep: bool) -> Plan:
     direct = _read_in_reverse(program, needs, active)
     kept = {index for index in _with_arguments(program, direct, set()) if program.steps[index].op == "mm"}
     wanted = _with_arguments(program, direct, kept if keep else set())
-    return Plan(tuple(active), frozenset(wanted), tuple(sorted(kept & wanted)) if keep else ())
+    return Plan(tuple(active), frozenset(wanted), tuple(sorted(kept & wanted)) if keep else (), needs.scale)
 
 
 def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[Any]:
@@ -102,14 +116,49 @@ def _fits(a: Any, b: Any) -> bool:
 
 
 def reverse(
-    program: Program, types: tuple[Value, ...], values: Sequence[Any], grad: Any, plan: Plan, adjoints: Adjoints
-) -> tuple[Any, Any]:
-    """Gradients of x [R, H] and w [R, 1] (None where not needed or zero) from the result's gradient [R, O].
+    program: Program,
+    types: tuple[Value, ...],
+    values: Sequence[Any],
+    grad: Any,
+    plan: Plan,
+    adjoints: Adjoints,
+    scale: Any = None,
+) -> Gradients:
+    """Gradients from that of the result, or of scale * result with scale [R, 1], which is [R, O].
 
     Each adjoint has its value's dtype and shape, as in autograd.
     """
     sums = _Sums(program, types, values, grad.shape[0])
-    sums.add(len(values) - 1, grad)
+    last = len(values) - 1
+    scale_grad = None
+    if scale is None:
+        sums.add(last, grad)
+    elif program.steps[last].op == "mm":
+        scale_grad = _scaled_product(program.steps[last], values, grad, scale, plan, sums, adjoints)
+    else:
+        sums.add(last, grad * scale)
+        scale_grad = (grad * values[last]).sum(1, keepdim=True) if plan.scale else None
+    found = _propagate(program, values, plan, sums, adjoints)
+    return Gradients(found["x"], found["w"], scale_grad)
+
+
+def _scaled_product(step: Step, values: Sequence[Any], grad: Any, scale: Any, plan: Plan, sums: _Sums, adjoints: Adjoints) -> Any:
+    """The last step y = e @ W, scaled: both e's gradient and the scale's come from grad @ W.T, so y itself is not needed.
+
+    d scale = sum(grad * y) = sum((grad @ W.T) * e)
+    """
+    operand = step.args[0]
+    rows = values[operand]
+    scaled = None if rows is None else (rows * scale).to(rows.dtype)
+    back = adjoints.mm(step.attrs[0], scaled, grad.to(sums.types[operand].dtype), plan.active[operand] or plan.scale)
+    if plan.active[operand]:
+        sums.add(operand, back * scale)
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    return (back.to(wide) * rows.to(wide)).sum(1, keepdim=True) if plan.scale else None
+
+
+def _propagate(program: Program, values: Sequence[Any], plan: Plan, sums: _Sums, adjoints: Adjoints) -> dict[str, Any]:
+    """Carries adjoints from the last step to the first; returns those of x and w."""
     found: dict[str, Any] = {"x": None, "w": None}
     for index in reversed(range(len(values))):
         step, total = program.steps[index], sums.take(index)
@@ -126,7 +175,7 @@ def reverse(
             sums.add_columns(index, total)
         else:
             _spread(step, index, total, values, sums, plan.active)
-    return found["x"], found["w"]
+    return found
 
 
 class _Sums:
@@ -269,7 +318,10 @@ def _active_steps(program: Program, needs: Needs) -> list[bool]:
 
 def _read_in_reverse(program: Program, needs: Needs, active: list[bool]) -> set[int]:
     """Steps whose value an adjoint reads, and those whose shape is only known by evaluating them (biases)."""
+    last = len(program.steps) - 1
     read: set[int] = set()
+    if needs.scale:
+        read.add(program.steps[last].args[0] if program.steps[last].op == "mm" else last)
     for index, step in enumerate(program.steps):
         if step.op == "mm" and needs.weights[step.attrs[0]]:
             read.add(step.args[0])

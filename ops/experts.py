@@ -20,15 +20,18 @@ from .program import Program, parse
 from .quantize_dispatch import counting_sort
 
 NAME = "permute_experts_unpermute"
-_ARGS = (
+ARGS_WITHOUT_PROVIDER = (
     "Tensor x_TH, Tensor order_N, Tensor offsets_E, Tensor? topk_weights_TK, Tensor[] weights, Tensor[] biases, "
-    "str program, str weight_layout, str bias_layout, int top_k, str provider"
+    "str program, str weight_layout, str bias_layout, int top_k"
 )
+_ARGS = f"{ARGS_WITHOUT_PROVIDER}, str provider"
 SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
 SAVING = NAME + "_saving"
 SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
 BACKWARD = NAME + "_backward"
-COMBINED = "permute_experts_combine"  # experts_combine.py
+COMBINED = "permute_experts_combine"  # these three: experts_combine.py
+COMBINED_SAVING = COMBINED + "_saving"
+COMBINED_BACKWARD = COMBINED + "_backward"
 BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one
@@ -45,7 +48,8 @@ class Call:
     """The arguments of one call, prepared for a provider.
 
     x [T, H]; order int64 [N], slots sorted by expert, slots of no expert last; offsets int32 [E], end of each expert's
-    run in order; topk_weights [T, K] or None; values: the type of each step of the program.
+    run in order; topk_weights [T, K] or None; values: the type of each step of the program. combined: the slots are
+    summed too, with combine_weights [T, K] or None (experts_combine.py).
     """
 
     x: Any
@@ -57,14 +61,17 @@ class Call:
     program: Program
     values: tuple[Value, ...]
     top_k: int
+    combined: bool = False
+    combine_weights: Any = None
 
     @property
     def out_shape(self) -> tuple[Any, Any, Any]:
         return self.x.shape[0], self.top_k, self.values[-1].width
 
     def parameters(self) -> list[Any]:
-        """Every differentiable argument in the order of needs_grad: x, topk_weights, weights, biases."""
-        return [self.x, self.topk_weights, *self.weights.tensors, *self.biases.tensors]
+        """Every differentiable argument in the order of needs_grad: x, topk_weights, weights, biases (, combine_weights)."""
+        own = [self.x, self.topk_weights, *self.weights.tensors, *self.biases.tensors]
+        return [*own, self.combine_weights] if self.combined else own
 
     def needs(self, needs_grad: Sequence[bool]) -> Needs:
         """needs_grad by slot: a parameter of several tensors needs one if any of them does."""
@@ -74,7 +81,7 @@ class Call:
             return tuple(any(flags[slot.first : slot.first + slot.num]) for slot in params.slots)
 
         weights, biases = any_of(self.weights, needs_grad[2:split]), any_of(self.biases, needs_grad[split:])
-        return Needs(needs_grad[0], needs_grad[1], weights, biases)
+        return Needs(needs_grad[0], needs_grad[1], weights, biases, self.combined and needs_grad[-1])
 
 
 def prepare(
@@ -189,16 +196,21 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
         kept = ctx.saved_tensors  # once: checkpointing unpacks each only once
-        saved, (x, order, offsets, topk_weights, *params) = kept[: ctx.num_saved], kept[ctx.num_saved :]
-        weights, biases = params[: ctx.num_weights], params[ctx.num_weights :]
-        inputs = (x, order, offsets, topk_weights, weights, biases, *ctx.rest)
+        saved, tensors = kept[: ctx.num_saved], kept[ctx.num_saved :]
+        x, order, offsets, topk_weights, *params = tensors
+        inputs = (x, order, offsets, topk_weights, params[: ctx.num_weights], params[ctx.num_weights :], *ctx.rest)
         with below_autograd():
             found = BACKWARD_OP.overload(grad, list(saved), *inputs, ctx.needs)
-        if torch.is_grad_enabled():  # create_graph=True
-            anchor = next(each for each in (x, topk_weights, *params) if each is not None and each.requires_grad)
-            found = _FirstDerivative.apply(anchor, *found)
-        grads = [each if need else None for each, need in zip(found, ctx.needs, strict=True)]
+        grads = first_derivatives(found, ctx.needs, tensors)
         return None, None, grads[0], None, None, *grads[1:]
+
+
+def first_derivatives(found: Sequence[Any], needs: Sequence[bool], tensors: Sequence[Any]) -> list[Any]:
+    """What a backward returns: None where no gradient is needed, and under create_graph an error for whoever differentiates again."""
+    if torch.is_grad_enabled():
+        anchor = next(each for each in tensors if each is not None and each.requires_grad)
+        found = _FirstDerivative.apply(anchor, *found)
+    return [each if need else None for each, need in zip(found, needs, strict=True)]
 
 
 class _FirstDerivative(torch.autograd.Function):

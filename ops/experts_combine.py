@@ -1,15 +1,16 @@
-"""Op permute_experts_combine: permute_experts_unpermute and the local combine in one, for inference.
+"""Op permute_experts_combine: permute_experts_unpermute and the local combine in one.
 
     out[t] = sum_k w[t, k] * f_e(x[t])
 
-y [T, K, O] is never written: on a CPU that saves 7 to 13 % of a layer (page faults, a scatter and a pass over y;
-benchmarks/notes.md). Where a gradient is needed it is the two ops, so it is always right to call. A provider without a
-kernel for it runs its permute_experts_unpermute, and the sum follows.
+y [T, K, O] is never written. On a CPU that saves 7 to 13 % of a layer's forward (page faults, a scatter and a pass over
+y; benchmarks/notes.md), and in training it is not kept either: where f ends in a product e @ W, the gradient of w is
+sum((grad @ W.T) * e), of which grad @ W.T is needed anyway. A provider without kernels for it is called through the two ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,51 +19,116 @@ from . import combine, experts, registry
 from ._register import below_autograd, register_op
 
 NAME = experts.COMBINED
-SCHEMA = (
-    f"{NAME}(Tensor x_TH, Tensor order_N, Tensor offsets_E, Tensor? topk_weights_TK, Tensor[] weights, Tensor[] biases, str program, "
-    "str weight_layout, str bias_layout, int top_k, Tensor? combine_weights_TK, ScalarType? out_dtype, str provider) -> Tensor out_TO"
-)
+_ARGS = f"{experts.ARGS_WITHOUT_PROVIDER}, Tensor? combine_weights_TK, ScalarType? out_dtype, str provider"
+SCHEMA = f"{NAME}({_ARGS}) -> Tensor out_TO"
+SAVING_SCHEMA = f"{experts.COMBINED_SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor out_TO, Tensor[] saved)"
+BACKWARD_SCHEMA = f"{experts.COMBINED_BACKWARD}(Tensor grad_TO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
+
+
+def _prepare(*args: Any) -> tuple[experts.Call, Any]:
+    """The call, and the dtype of out."""
+    *inputs, combine_weights, out_dtype = args
+    call = experts.prepare(*inputs)
+    if combine_weights is not None and combine_weights.dim() != 2:
+        raise ValueError(f"combine_weights must be [T, K], got shape {tuple(combine_weights.shape)}")
+    y_dtype = call.values[-1].dtype
+    if out_dtype is None:
+        out_dtype = y_dtype if combine_weights is None else torch.promote_types(y_dtype, combine_weights.dtype)
+    return dataclasses.replace(call, combined=True, combine_weights=combine_weights), out_dtype
 
 
 def _kernel(*args: Any) -> Any:
-    *inputs, combine_weights, out_dtype, provider = args
-    call = experts.prepare(*inputs)
+    call, out_dtype = _prepare(*args[:-1])
     experts.check_slots(call)
-    if combine_weights is not None and combine_weights.shape != (call.x.shape[0], call.top_k):
-        raise ValueError(f"combine_weights must be [T, K] = [{call.x.shape[0]}, {call.top_k}], got {tuple(combine_weights.shape)}")
-    out_dtype = _out_dtype(call, combine_weights, out_dtype)
-    kernels = registry.get("experts", provider).kernels
+    kernels = registry.get("experts", args[-1]).kernels
     if NAME in kernels:
-        return kernels[NAME](call, combine_weights, out_dtype)
-    return combine.local(registry.kernel("experts", provider, experts.NAME)(call), combine_weights, [], out_dtype)
+        return kernels[NAME](call, out_dtype)
+    y_TKO = registry.kernel("experts", args[-1], experts.NAME)(call)
+    return combine.local(y_TKO, call.combine_weights, [], out_dtype)
 
 
 def _fake(*args: Any) -> Any:
-    *inputs, combine_weights, out_dtype, _ = args
-    call = experts.prepare(*inputs)
+    call, out_dtype = _prepare(*args[:-1])
     tokens, _, width = call.out_shape
-    return call.x.new_empty((tokens, width), dtype=_out_dtype(call, combine_weights, out_dtype))
+    return call.x.new_empty((tokens, width), dtype=out_dtype)
 
 
-def _out_dtype(call: experts.Call, combine_weights: Any, out_dtype: Any) -> Any:
-    y_dtype = call.values[-1].dtype
-    if out_dtype is not None:
-        return out_dtype
-    return y_dtype if combine_weights is None else torch.promote_types(y_dtype, combine_weights.dtype)
+def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
+    *inputs, provider, needs_grad = args
+    call, out_dtype = _prepare(*inputs)
+    experts.check_slots(call)
+    out, saved = registry.kernel("experts", provider, experts.COMBINED_SAVING)(call, out_dtype, needs_grad)
+    return out, saved
+
+
+def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
+    *inputs, provider, needs_grad = args
+    return _fake(*inputs, provider), experts.empty_saved(_prepare(*inputs)[0], needs_grad)
+
+
+def _backward_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
+    *inputs, provider, needs_grad = args
+    call, _ = _prepare(*inputs)
+    experts.check_slots(call)
+    # Products are taken in y's dtype; where it is narrower than out's, its gradient is rounded to it, as in autograd.
+    grad = grad_TO.to(call.values[-1].dtype)
+    found: list[Any] = registry.kernel("experts", provider, experts.COMBINED_BACKWARD)(call, grad, saved, needs_grad)
+    return found
+
+
+def _backward_fake(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
+    *inputs, _, needs_grad = args
+    return experts.empty_grads(_prepare(*inputs)[0], needs_grad)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Forward by the saving op, as for the experts alone."""
+
+    @staticmethod
+    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], *tensors: Any) -> Any:
+        x, _, _, topk_weights, *params, combine_weights = range(2, 2 + len(tensors))
+        ctx.needs = [ctx.needs_input_grad[at] for at in (x, topk_weights, *params, combine_weights)]
+        ctx.num_weights, ctx.rest = num_weights, rest
+        with below_autograd():
+            out, saved = SAVING_OP.overload(*_arguments(num_weights, rest, tensors), ctx.needs)
+        ctx.num_saved = len(saved)
+        ctx.save_for_backward(*saved, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
+        kept = ctx.saved_tensors  # once: checkpointing unpacks each only once
+        saved, tensors = kept[: ctx.num_saved], kept[ctx.num_saved :]
+        with below_autograd():
+            found = BACKWARD_OP.overload(grad_TO, list(saved), *_arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
+        grads = experts.first_derivatives(found, ctx.needs, tensors)
+        return None, None, grads[0], None, None, *grads[1:]
+
+
+def _arguments(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The op's arguments again, from its tensors in one row and the others."""
+    x, order, offsets, topk_weights, *params, combine_weights = tensors
+    *texts, out_dtype, provider = rest
+    return (
+        x, order, offsets, topk_weights, params[:num_weights], params[num_weights:], *texts, combine_weights, out_dtype, provider
+    )  # fmt: skip
 
 
 def _autograd(*args: Any) -> Any:
-    *inputs, combine_weights, out_dtype, provider = args
-    x, _, _, topk_weights, weights, biases = inputs[:6]
-    tensors = (x, topk_weights, combine_weights, *weights, *biases)
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
-        y_TKO = experts.OP.overload(*inputs, provider)
-        return combine.OP.overload(y_TKO, combine_weights, [], out_dtype, "local")
-    with below_autograd():
-        return OP.overload(*args)
+    x, order, offsets, topk_weights, weights, biases, *texts, combine_weights, out_dtype, provider = args
+    tensors = (x, order, offsets, topk_weights, *weights, *biases, combine_weights)
+    if not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)):
+        with below_autograd():
+            return OP.overload(*args)
+    if experts.COMBINED_SAVING in registry.get("experts", provider).kernels:
+        return _Differentiable.apply(len(weights), (*texts, out_dtype, provider), *tensors)
+    y_TKO = experts.OP.overload(*args[:-3], provider)
+    return combine.OP.overload(y_TKO, combine_weights, [], out_dtype, "local")
 
 
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake)
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

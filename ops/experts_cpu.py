@@ -18,13 +18,13 @@ import torch
 from . import registry
 from .blocks import Block, cut, split
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, COMBINED, NAME, SAVING, Call, empty_grads, empty_saved
+from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, NAME, SAVING, Call, empty_grads, empty_saved
 from .layout import views
 from .program import Program
 
 # Values of a block, bytes. Smaller blocks fit L2 and still lose to the calls they add: 512 rows of float32 at
 # H = 512, I = 256 beat 128 by 10 %, and 4096 by 5 to 30 % (benchmarks/notes.md).
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 6 << 20
 MIN_ROWS, MAX_ROWS = 64, 2048
 
 # Mean rows an expert for which W @ rows.T beats rows @ W.T on an [out, in] weight: oneDNN bfloat16 on any number of
@@ -132,6 +132,7 @@ class Rows:
         self.used = self.ends[-1] if self.ends else 0
         self.tokens = call.order if call.top_k == 1 else call.order.div(call.top_k, rounding_mode="floor")
         self.flat_w: Any = None if call.topk_weights is None else call.topk_weights.reshape(-1, 1)
+        self.flat_scale: Any = None if call.combine_weights is None else call.combine_weights.reshape(-1, 1)
         self.blocks = cut(self.ends, rows_per_block(call))
 
     def reads(self, block: Block, mm: Callable[[int, Any], Any]) -> Reads:
@@ -144,6 +145,10 @@ class Rows:
 
     def slots(self, block: Block) -> Any:
         return self.call.order[block.start : block.stop]
+
+    def scale(self, block: Block) -> Any:
+        """The combine's weight of each row [R, 1], or None."""
+        return None if self.flat_scale is None else self.flat_scale.index_select(0, self.slots(block))
 
     def bias(self, block: Block, j: int) -> Any:
         vectors = [self.call.biases.of(j, expert) for expert in block.experts]
@@ -183,26 +188,14 @@ def _forward(call: Call, saved: dict[int, Any]) -> Any:
         y_NO.index_copy_(0, rows.slots(block), values[-1].expand(block.stop - block.start, width))
     if rows.used < len(call.order):
         y_NO.index_fill_(0, call.order[rows.used :], 0)
-    for product in saved.values():
-        product[rows.used :] = 0  # rows of no expert: nothing reads them, but an op's result is all defined
+    _define_rest(saved, rows.used)
     return y_NO.view(tokens, top_k, width)
 
 
-def forward_combined(call: Call, weights_TK: Any, out_dtype: Any) -> Any:
-    """out [T, O]: each block's rows are added to their tokens at once, so that y [T, K, O] is never in memory."""
-    tokens, _, width = call.out_shape
-    dtype = sum_dtype(call.values[-1].dtype if weights_TK is None else torch.promote_types(call.values[-1].dtype, weights_TK.dtype))
-    out_TO = call.x.new_zeros((tokens, width), dtype=dtype)
-    weights_N1 = None if weights_TK is None else weights_TK.reshape(-1, 1).to(dtype)
-    rows = Rows(call)
-    products = Products(call, rows.blocks)
-    for block in rows.blocks:
-        values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, {})))
-        result = values[-1].to(dtype)
-        if weights_N1 is not None:
-            result = result * weights_N1.index_select(0, rows.slots(block))
-        out_TO.index_add_(0, rows.tokens[block.start : block.stop], result.expand(block.stop - block.start, width))
-    return out_TO.to(out_dtype)
+def _define_rest(saved: dict[int, Any], used: int) -> None:
+    """Zeroes the products of slots without an expert: nothing reads them, but an op's result is all defined."""
+    for product in saved.values():
+        product[used:] = 0
 
 
 def _forward_mm(call: Call, products: Products, block: Block, saved: dict[int, Any]) -> Callable[[int, Any], Any]:
@@ -217,6 +210,10 @@ def _forward_mm(call: Call, products: Products, block: Block, saved: dict[int, A
 
 def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     """Gradients in call.parameters() order; pointwise values are recomputed, products too if none are saved."""
+    return _backward(call, lambda rows, block: grad_NO.index_select(0, rows.slots(block)), saved, needs_grad)
+
+
+def _backward(call: Call, grad_of: Callable[[Rows, Block], Any], saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     plan = reverse_plan(call.program, call.needs(needs_grad), keep=bool(saved))
     kept = dict(zip(plan.kept, saved, strict=True))
     rows = Rows(call)
@@ -224,13 +221,49 @@ def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bo
     sums = Sums(call, needs_grad, products)
     for block in rows.blocks:
         values = evaluate(call.program, rows.reads(block, _kept_mm(call, products, block, kept)), plan)
-        grad = grad_NO.index_select(0, rows.slots(block))
-        dx, dw = reverse(call.program, call.values, values, grad, plan, sums.adjoints(block))
-        if dx is not None:
-            sums.dx_TH.index_add_(0, rows.tokens[block.start : block.stop], dx.to(sums.dx_TH.dtype))
-        if dw is not None:
-            sums.grads[1].view(-1).index_copy_(0, rows.slots(block), dw.view(-1))
+        found = reverse(call.program, call.values, values, grad_of(rows, block), plan, sums.adjoints(block), rows.scale(block))
+        if found.x is not None:
+            sums.dx_TH.index_add_(0, rows.tokens[block.start : block.stop], found.x.to(sums.dx_TH.dtype))
+        if found.w is not None:
+            sums.grads[1].view(-1).index_copy_(0, rows.slots(block), found.w.view(-1))
+        if found.scale is not None:
+            target = sums.grads[-1].view(-1)
+            target.index_copy_(0, rows.slots(block), found.scale.view(-1).to(target.dtype))
     return sums.finish()
+
+
+def forward_combined(call: Call, out_dtype: Any) -> Any:
+    """out [T, O]: each block's rows are added to their tokens at once, so that y [T, K, O] is never in memory."""
+    return _forward_combined(call, out_dtype, {})
+
+
+def forward_combined_saving(call: Call, out_dtype: Any, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:
+    """out, and the products that the backward reads."""
+    kept = reverse_plan(call.program, call.needs(needs_grad), keep=True).kept
+    saved = empty_saved(call, needs_grad)
+    return _forward_combined(call, out_dtype, dict(zip(kept, saved, strict=True))), saved
+
+
+def _forward_combined(call: Call, out_dtype: Any, saved: dict[int, Any]) -> Any:
+    tokens, _, width = call.out_shape
+    dtype = sum_dtype(call.values[-1].dtype)
+    if call.combine_weights is not None:
+        dtype = torch.promote_types(dtype, call.combine_weights.dtype)
+    out_TO = call.x.new_zeros((tokens, width), dtype=dtype)
+    rows = Rows(call)
+    products = Products(call, rows.blocks)
+    for block in rows.blocks:
+        values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, saved)))
+        result, scale = values[-1].to(dtype), rows.scale(block)
+        result = result if scale is None else result * scale.to(dtype)
+        out_TO.index_add_(0, rows.tokens[block.start : block.stop], result.expand(block.stop - block.start, width))
+    _define_rest(saved, rows.used)
+    return out_TO.to(out_dtype)
+
+
+def backward_combined(call: Call, grad_TO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
+    """Gradients in call.parameters() order; no row of y is computed again where the program ends in a product."""
+    return _backward(call, lambda rows, block: grad_TO.index_select(0, rows.tokens[block.start : block.stop]), saved, needs_grad)
 
 
 def _kept_mm(call: Call, products: Products, block: Block, kept: dict[int, Any]) -> Callable[[int, Any], Any]:
@@ -254,7 +287,7 @@ class Sums:
         self.biases = [views(slot, self.grads[split_at:]) for slot in call.biases.slots]
         self.seen: set[tuple[int, int]] = set()
         self.dx_TH: Any = torch.zeros_like(call.x, dtype=sum_dtype(call.x.dtype)) if needs_grad[0] else None
-        for grad in (self.grads[1], *self.grads[split_at:]):
+        for grad in (self.grads[1], *self.grads[split_at:]):  # those that slots without an expert leave as they are
             grad.zero_()
 
     def adjoints(self, block: Block) -> Adjoints:
@@ -331,7 +364,14 @@ PROVIDER = registry.register(
     registry.Provider(
         "cpu_grouped",
         "experts",
-        {NAME: forward, SAVING: forward_saving, BACKWARD: backward, COMBINED: forward_combined},
+        {
+            NAME: forward,
+            SAVING: forward_saving,
+            BACKWARD: backward,
+            COMBINED: forward_combined,
+            COMBINED_SAVING: forward_combined_saving,
+            COMBINED_BACKWARD: backward_combined,
+        },
         cost,
         supports,
     )

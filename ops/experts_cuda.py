@@ -103,7 +103,7 @@ def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bo
     reads = grouped.reads(lambda index, rows: kept[index] if index in kept else grouped.mm(index, rows))
     values = evaluate(call.program, reads, plan)
     sums = Sums(grouped, needs_grad)
-    dx, dw = reverse(call.program, call.values, values, grad_NO.index_select(0, call.order), plan, sums.adjoints())
+    dx, dw, _ = reverse(call.program, call.values, values, grad_NO.index_select(0, call.order), plan, sums.adjoints())
     return sums.finish(dx, dw)
 
 

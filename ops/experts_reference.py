@@ -30,7 +30,7 @@ def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bo
     for expert, slots in _groups(call):
         values = evaluate(call.program, _reads(call, expert, slots), plan)
         adjoints = _adjoints(call, expert, grads)
-        dx, dw = reverse(call.program, call.values, values, grad_NO[slots], plan, adjoints)
+        dx, dw, _ = reverse(call.program, call.values, values, grad_NO[slots], plan, adjoints)
         if dx is not None:
             dx_TH.index_add_(0, slots // call.top_k, dx.to(dx_TH.dtype))
         if dw is not None:

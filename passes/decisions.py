@@ -42,7 +42,21 @@ _INPLACE = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", 
 def returns_itself(n: Node) -> bool:
     """An in-place op of torch's own, whose result is another name of its first argument."""
     name = callee(n)
-    return name in _INPLACE or (name.endswith("_") and not name.endswith("__"))
+    if name.startswith("__i") and name.endswith("__") and name[2:-2] in _INPLACE:
+        return True
+    return name in _INPLACE or (name.endswith("_") and not name.endswith("__")) or _asked_in_place(n, name)
+
+
+# where torch.nn.functional takes `inplace`
+_INPLACE_AT = {
+    "relu": 1, "silu": 1, "mish": 1, "hardswish": 1, "hardsigmoid": 1, "relu6": 1, "selu": 1, "leaky_relu": 2, "elu": 2, "celu": 2,
+    "dropout": 3, "alpha_dropout": 3, "hardtanh": 3, "threshold": 3, "rrelu": 4,
+}  # fmt: skip
+
+
+def _asked_in_place(n: Node, name: str) -> bool:
+    at = _INPLACE_AT.get(name)
+    return n.kwargs.get("inplace") is True or (at is not None and len(n.args) > at and n.args[at] is True)
 
 
 def writes_to(n: Node) -> list[Node]:
@@ -53,14 +67,18 @@ def writes_to(n: Node) -> list[Node]:
         return _mutable_arguments(n, n.target._schema)
     if isinstance(n.target, torch._ops.HigherOrderOperator) and "checkpoint" not in callee(n):
         return list(n.all_input_nodes)  # a kernel that Dynamo wrapped: it may write anywhere
-    found = [n.args[0]] if returns_itself(n) and n.args else []
-    return [a for a in [*found, n.kwargs.get("out")] if isinstance(a, Node)]
+    found = [n.args[0] if n.args else n.kwargs.get("input")] if returns_itself(n) else []
+    return _nodes([*found, n.kwargs.get("out")])
 
 
 def _mutable_arguments(n: Node, schema: Any) -> list[Node]:
     given = {**dict(zip([a.name for a in schema.arguments], n.args)), **n.kwargs}
     written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [x for w in written for x in (w if isinstance(w, list | tuple) else [w]) if isinstance(x, Node)]
+    return _nodes(written)
+
+
+def _nodes(values: list[Any]) -> list[Node]:
+    return [x for v in values for x in (v if isinstance(v, list | tuple) else [v]) if isinstance(x, Node)]
 
 
 def writes_in_place(n: Node) -> bool:

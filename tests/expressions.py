@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from moe_compile.passes.lift.algebra import add, compare, divide, eq, mul, negat
 from moe_compile.passes.lift.expr import Enum, Expr, Leaf, Order, Segment, Var, const, make_order, raw
 from moe_compile.passes.lift.index import count, digits, idiv, inv, mix, mod, perm, sel
 
+# More of them: LIFT_EXAMPLES=5000 pytest tests/test_lift_algebra.py
 FEW = settings(
-    max_examples=int(__import__("os").environ.get("N", "150")),
+    max_examples=int(os.environ.get("LIFT_EXAMPLES", "80")),
     deadline=None,
     derandomize=True,
     database=None,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from blocks import CAPTURE, graph_of, node
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph
 
+from moe_compile.capture import FLAGS
 from moe_compile.passes.decisions import (
     callee,
     decisions,
@@ -69,9 +72,9 @@ def test_a_choice_of_tokens_is_not_distinct_along_the_slots():
 
 
 def test_a_choice_of_tokens_out_of_an_unknown_number_is_none():
-    scores = torch.randn(TOKENS, EXPERTS)
-    assert found(lambda s: s.topk(2, dim=0)[1], scores, dynamic=True) == []
-    assert found(lambda s: s.topk(2, dim=1)[1], scores, dynamic=True) == [((0, EXPERTS), True)]
+    x, gate = torch.randn(TOKENS, EXPERTS), nn.Linear(EXPERTS, EXPERTS)
+    assert found(lambda x: gate(x).topk(2, dim=0)[1], x, dynamic=True) == []
+    assert found(lambda x: gate(x).topk(2, dim=1)[1], x, dynamic=True) == [((0, EXPERTS), True)]
 
 
 NONE = {
@@ -165,7 +168,11 @@ CHANGES = {
     "method": lambda ids, s: ids.add_(1),
     "setitem": lambda ids, s: ids.__setitem__((slice(None), 1), 0),
     "view": lambda ids, s: ids.view(-1)[::2].zero_(),
-    "augmented": lambda ids, s: ids.__iadd__(1),
+    "augmented": lambda ids, s: operator.iadd(ids, 1),
+    "dunder": lambda ids, s: ids.__iadd__(1),
+    "foreach": lambda ids, s: torch._foreach_minimum_([ids], 1),
+    "inplace_argument": lambda ids, s: F.relu(ids, inplace=True),
+    "inplace_position": lambda ids, s: F.threshold(ids, 1, 0, True),
     "out": lambda ids, s: torch.add(ids, 1, out=ids),
     "custom_op": lambda ids, s: overwrite(ids + 1, ids, []),
     "custom_op_list": lambda ids, s: overwrite(s, s.clone(), [ids]),
@@ -213,8 +220,6 @@ def test_an_op_is_called_by_one_name_however_it_is_spelled():
 
 def test_capture_flags_are_those_of_the_front_door():
     """The helpers of these tests trace as moe_compile.compile does."""
-    from moe_compile.capture import FLAGS
-
     assert set(CAPTURE) == set(FLAGS)
 
 

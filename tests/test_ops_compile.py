@@ -27,9 +27,12 @@ CHECKED = [
 
 
 @pytest.mark.parametrize("args", experts_combine.sample_inputs())
-@pytest.mark.parametrize("provider", ["reference", "cpu_grouped"])
-def test_opcheck_passes_for_experts_and_combine_in_one_without_gradients(args: tuple[Any, ...], provider: str) -> None:
-    torch.library.opcheck(experts_combine.OP.overload, (*args, provider))
+def test_opcheck_passes_for_experts_and_combine_in_one(args: tuple[Any, ...]) -> None:
+    torch.library.opcheck(experts_combine.OP.overload, (*args, "cpu_grouped"))
+    needs = [True, args[3] is not None, *[True] * (len(args[4]) + len(args[5])), args[10] is not None]
+    torch.library.opcheck(experts_combine.SAVING_OP.overload, (*args, "cpu_grouped", needs))
+    out, saved = experts_combine.SAVING_OP.overload(*args, "cpu_grouped", needs)
+    torch.library.opcheck(experts_combine.BACKWARD_OP.overload, (torch.ones_like(out), saved, *args, "cpu_grouped", needs))
 
 
 @pytest.mark.parametrize(("op", "args"), CHECKED)
@@ -102,10 +105,18 @@ def test_training_graph_keeps_the_products_of_the_forward() -> None:
     assert "permute_experts_unpermute.default" in graphs[2]
 
 
+def _layer_in_one(x: Any, gate: Any, up_gate: Any, down: Any) -> Any:
+    weights, ids = OPS.route(x @ gate, None, *Routing(K, normalize="sum"))
+    _, _, order, offsets, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
+    args: Any = (x, order, offsets, None, [up_gate, down], [], PROGRAM, "eoi,eoi", "", K)
+    return OPS.permute_experts_combine(*args, weights, x.dtype, "cpu_grouped")
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.inductor
-def test_inductor_runs_the_four_ops_forward_and_backward() -> None:
-    compiled = torch.compile(_layer, dynamic=True, fullgraph=True)
+@pytest.mark.parametrize("layer", [_layer, _layer_in_one])
+def test_inductor_runs_the_ops_forward_and_backward(layer: Any) -> None:
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True)
     for tokens in (5, 9):
         _same_as_eager(compiled, _inputs(tokens), rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,24 +33,55 @@ def test_values_and_gradients_are_those_of_the_loop_over_slots(case: str, ids: s
     _compare(case, ids_of(ids), provider)
 
 
+def _combined_twice(case: str, ids: torch.Tensor, weighted: bool, provider: str) -> tuple[Any, Any]:
+    """Value and gradients of the op in one, and of the loop over slots followed by a sum."""
+    found = []
+    for in_one in (True, False):
+        args = arguments(CASES[case], ids)
+        weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) if weighted else None
+        *own, weights = with_grad([*args, weights])
+        if in_one:
+            out = experts_combine.OP.overload(*own, weights, None, provider)
+        else:
+            y = slot_loop(CASES[case], own, ids)
+            out = (y if weights is None else y * weights.unsqueeze(-1)).sum(1)
+        found.append(value_and_grads(out, [*own, weights]))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("ids", IDS)
 @pytest.mark.parametrize("case", CASES)
-def test_experts_and_combine_in_one_are_the_two_ops(case: str, ids: str, weighted: bool) -> None:
-    args = arguments(CASES[case], ids_of(ids))
-    weights = torch.rand(ids_of(ids).shape, dtype=torch.float64) if weighted else None
-    for own in (args, with_grad(args)):
-        for provider in PROVIDERS:
-            expected = combine.OP.overload(run(own, provider), weights, [], None, "local")
-            actual = experts_combine.OP.overload(*own, weights, None, provider)
-            assert actual.requires_grad == expected.requires_grad
-            torch.testing.assert_close(actual, expected)
+def test_experts_and_combine_in_one_are_the_loop_and_a_sum(case: str, ids: str, weighted: bool, provider: str) -> None:
+    actual, expected = _combined_twice(case, ids_of(ids), weighted, provider)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_and_combine_in_one_without_gradients_are_the_two_ops(case: str) -> None:
+    args = arguments(CASES[case], ids_of("mixed"))
+    weights = torch.rand(4, 2, dtype=torch.float64)
+    for provider in PROVIDERS:
+        expected = combine.OP.overload(run(args, provider), weights, [], torch.float32, "local")
+        torch.testing.assert_close(experts_combine.OP.overload(*args, weights, torch.float32, provider), expected)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weights", "combine_weights"])
+def test_experts_and_combine_in_one_compute_only_the_wanted_gradient(wanted: str) -> None:
+    args, weights = arguments(CASES["swiglu"], ids_of("mixed")), torch.rand(4, 2, dtype=torch.float64)
+    leaf = {"x": args[0], "weights": args[4][0], "combine_weights": weights}[wanted].requires_grad_()
+    found = []
+    for provider in PROVIDERS:
+        out = experts_combine.OP.overload(*args, weights, None, provider)
+        found += torch.autograd.grad(out.square().sum(), [leaf])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_experts_and_combine_in_one_sum_half_precision_in_float32() -> None:
     order, offsets = counting_sort(torch.zeros((1, 257), dtype=torch.int64), 1)
     weight = torch.eye(8, dtype=torch.bfloat16).unsqueeze(0)
-    args = (torch.ones((1, 8), dtype=torch.bfloat16), order, offsets, None, [weight], [], "mm(0, x)", "eio", "", 257)
+    args: list[Any] = (torch.ones((1, 8), dtype=torch.bfloat16), order, offsets, None, [weight], [], "mm(0, x)", "eio", "", 257)
     weights = torch.full((1, 257), 2.0**-8, dtype=torch.bfloat16)
     weights[0, 0] = 1.0
     for provider in PROVIDERS:
@@ -195,9 +229,10 @@ def test_gradients_of_a_whole_call_pass_gradcheck() -> None:
 
 def test_double_backward_is_an_error_not_a_wrong_gradient() -> None:
     args = with_grad(arguments(CASES["swiglu"], ids_of("mixed")))
-    (grad,) = torch.autograd.grad(run(args, "reference").sum(), [args[0]], create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        grad.sum().backward()
+    for out in (run(args, "reference"), experts_combine.OP.overload(*args, None, None, "cpu_grouped")):
+        (grad,) = torch.autograd.grad(out.sum(), [args[0]], create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            grad.sum().backward()
 
 
 def test_half_precision_sums_slots_in_float32() -> None:
@@ -227,11 +262,26 @@ def test_a_weight_of_another_dtype_is_cast_to_the_rows() -> None:
 
 def test_blocks_cover_every_row_once_and_split_only_large_experts() -> None:
     blocks = cut([3, 3, 4, 14, 14, 15], 5)
-    rows = [(expert, size) for block in blocks for expert, size in zip(block.experts, block.sizes, strict=True)]
-    assert rows == [(0, 3), (2, 1), (3, 5), (3, 5), (5, 1)]
-    assert [(block.start, block.stop) for block in blocks] == [(0, 4), (4, 9), (9, 14), (14, 15)]
+    assert [(block.start, block.stop, block.experts, block.sizes) for block in blocks] == [
+        (0, 4, [0, 2], [3, 1]),
+        (4, 9, [3], [5]),
+        (9, 14, [3], [5]),
+        (14, 15, [5], [1]),
+    ]
+    assert [block.sizes for block in cut([11], 5)] == [[4], [4], [3]]
+    assert [block.sizes for block in cut([11, 12], 5)] == [[4], [4], [3, 1]]
     assert cut([], 5) == []
     assert cut([0, 0], 5) == []
+
+
+@given(st.lists(st.integers(0, 12), max_size=6), st.integers(1, 9))
+def test_blocks_are_never_larger_than_asked_and_keep_the_order(sizes: list[int], limit: int) -> None:
+    ends = list(itertools.accumulate(sizes))
+    blocks = cut(ends, limit)
+    assert all(0 < sum(block.sizes) == block.stop - block.start <= limit for block in blocks)
+    assert [0, *(block.stop for block in blocks)] == [*(block.start for block in blocks), ends[-1] if ends else 0]
+    rows = [expert for block in blocks for expert, size in zip(block.experts, block.sizes, strict=True) for _ in range(size)]
+    assert rows == [expert for expert, size in enumerate(sizes) for _ in range(size)]
 
 
 @pytest.mark.parametrize(

@@ -183,14 +183,26 @@ def bump(y: torch.Tensor, h: torch.Tensor) -> None:
 bump.register_fake(lambda y, h: None)
 
 
+WRITES = {
+    "custom_op": lambda x, h: bump(x, h),
+    "foreach": lambda x, h: torch._foreach_add_([h], 1),
+    "inplace_argument": lambda x, h: F.relu(h, inplace=True),
+    "inplace_position": lambda x, h: F.silu(h, True),
+    "out": lambda x, h: torch.add(h, 1, out=h),
+    "view": lambda x, h: h.view(-1)[::2].zero_(),
+    "dunder": lambda x, h: h.__iadd__(1),
+}
+
+
 @pytest.mark.parametrize("validate", ["always", "off"])
-def test_rows_changed_by_a_custom_op_after_the_experts_read_them(validate):
+@pytest.mark.parametrize("write", WRITES)
+def test_rows_changed_by_any_spelling_after_the_experts_read_them(write, validate):
     def forward(self, x):
         h = x * 1
         w, ids = self.route(x)
         at = [torch.where(ids == e) for e in range(E)]
         rows = [h[tok] for tok, _ in at]
-        bump(x, h)
+        WRITES[write](x, h)
         out = torch.zeros_like(x)
         for e, (tok, slot) in enumerate(at):
             out.index_add_(0, tok, self.expert(rows[e], e) * w[tok, slot, None])
@@ -217,6 +229,16 @@ def test_ids_changed_by_a_custom_op_are_not_distinct_any_more():
         p = F.linear(x, self.gate).softmax(-1)
         ids = (-p).topk(K, dim=-1).indices
         repeat_first(x, ids)
+        return self.loop(x, p.gather(1, p.topk(K, dim=-1).indices), ids)
+
+    Compared(block(forward, base=Dense), tokens())
+
+
+def test_ids_changed_by_a_foreach_op_are_not_distinct_any_more():
+    def forward(self, x):
+        p = F.linear(x, self.gate).softmax(-1)
+        ids = (-p).topk(K, dim=-1).indices
+        torch._foreach_minimum_([ids], 1)
         return self.loop(x, p.gather(1, p.topk(K, dim=-1).indices), ids)
 
     Compared(block(forward, base=Dense), tokens())
@@ -256,6 +278,49 @@ def test_accumulator_that_starts_with_a_residual():
         return self.loop(x, *self.route(x), out=x * 2)
 
     assert Compared(block(forward), tokens()).rewritten == 1
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0])
+def test_a_partial_sum_that_is_looked_at(start):
+    """The accumulator after the first expert is returned as well, so that its first write stays."""
+
+    def forward(self, x):
+        w, ids = self.route(x)
+        out, partial = x * start, []
+        for e in range(E):
+            tok, slot = torch.where(ids == e)
+            out.index_add_(0, tok, self.expert(x[tok], e) * w[tok, slot, None])
+            partial.append(out.sum(-1))
+        return out, partial[0]
+
+    Compared(block(forward), tokens(), validate="off")
+
+
+def test_the_accumulator_is_looked_at_in_place_before_the_last_expert():
+    def forward(self, x):
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            tok, slot = torch.where(ids == e)
+            out.index_add_(0, tok, self.expert(x[tok], e) * w[tok, slot, None])
+            self.load[e] = out.abs().sum()
+        return out
+
+    Compared(block(forward, load=torch.zeros(E)), tokens(), validate="off")
+
+
+def test_two_accumulators_at_once():
+    def forward(self, x):
+        w, ids = self.route(x)
+        out, raw = torch.zeros_like(x), torch.zeros_like(x)
+        for e in range(E):
+            tok, slot = torch.where(ids == e)
+            y = self.expert(x[tok], e)
+            raw.index_add_(0, tok, y)
+            out.index_add_(0, tok, y * w[tok, slot, None])
+        return out, raw
+
+    Compared(block(forward), tokens(), validate="off")
 
 
 def test_the_callers_tensor_as_accumulator_is_written():

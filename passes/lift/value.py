@@ -50,7 +50,7 @@ class Value:
                 part.append(new[k])
                 k += 1
             table[v] = index_of(part)
-        if k != len(new):
+        if self.dims[i] and k != len(new):  # (a dimension of extent 1 broadcasts)
             raise Refused(f"a dimension of {self.extent(i)} cannot be split into {tuple(sizes)}")
         return Value((*self.dims[:i], tuple(new), *self.dims[i + 1 :]), subst(self.expr, table))
 

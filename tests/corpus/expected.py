@@ -26,14 +26,14 @@ STYLE_GRAPHS: dict[str, int | str] = {
 
 # One graph, but not this formula or beyond the calculus: name -> what the reason says.
 STYLE_REFUSED: dict[str, str] = {
-    "deepspeed_top1_einsum": "",
-    "nanomoe_capacity_matmul": "",
-    "blog_per_token_loop": "",
-    "expert_choice": "",
-    "hf_doge_cdmoe": "",
-    "expert_norm_inside": "",
+    "deepspeed_top1_einsum": "capacity rank",
+    "nanomoe_capacity_matmul": "capacity rank",
+    "blog_per_token_loop": "no routing decision",
+    "expert_choice": "several sums over experts",
+    "hf_doge_cdmoe": "no routing decision",
+    "expert_norm_inside": "not a linear layer of the selected expert",
     "conv1x1_experts": "",
-    "expert_int8_weights": "",
+    "expert_int8_weights": "a weight is indexed by",
     "slot_masked_scatter": "",
 }
 
@@ -65,8 +65,8 @@ _BREAKS = "compiled without Dynamo's capture flags"
 # model -> (MoE blocks that stay as they are, a part of the report that says why).
 ZOO_REFUSED: dict[str, tuple[int, str]] = {
     "dbrx": (2, _BREAKS),
-    "deepseek_v4": (1, "left as it was"),  # layer 0 takes its experts from a table of token ids
-    "doge_cdmoe_block": (1, "left as it was"),
+    "deepseek_v4": (1, ""),  # layer 0 takes its experts from a table of token ids
+    "doge_cdmoe_block": (1, ""),
     "ernie4_5_vl_moe_text": (1, ""),  # the vision block is never called
     "ernie4_5_vl_moe_text_mm": (1, _BREAKS),
     "longcat_flash": (2, _BREAKS),

@@ -39,7 +39,7 @@ def _empty(it, node, *a, **k):
 
 @rule("scalar_tensor.default")
 def _scalar(it, node, x, **k):
-    return Value((), const(x) if not isinstance(x, Value) else x.expr)
+    return Value((), const(torch.tensor(x, dtype=node.meta["val"].dtype).item()) if not isinstance(x, Value) else x.expr)
 
 
 @rule("arange.default", "arange.start", "arange.start_step")
