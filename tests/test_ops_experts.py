@@ -81,7 +81,7 @@ def test_experts_and_combine_in_one_compute_only_the_wanted_gradient(wanted: str
 def test_experts_and_combine_in_one_sum_half_precision_in_float32() -> None:
     order, offsets = counting_sort(torch.zeros((1, 257), dtype=torch.int64), 1)
     weight = torch.eye(8, dtype=torch.bfloat16).unsqueeze(0)
-    args: list[Any] = (torch.ones((1, 8), dtype=torch.bfloat16), order, offsets, None, [weight], [], "mm(0, x)", "eio", "", 257)
+    args: tuple[Any, ...] = (torch.ones((1, 8), dtype=torch.bfloat16), order, offsets, None, [weight], [], "mm(0, x)", "eio", "", 257)
     weights = torch.full((1, 257), 2.0**-8, dtype=torch.bfloat16)
     weights[0, 0] = 1.0
     for provider in PROVIDERS:
