@@ -194,9 +194,10 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("validate", ["always", "off"])
 @pytest.mark.parametrize("write", WRITES)
-def test_rows_changed_by_any_spelling_after_the_experts_read_them(write, validate):
+def test_rows_changed_by_any_spelling_after_the_experts_read_them(write):
+    """Without validation, which would hide a rewrite that reads them too late."""
+
     def forward(self, x):
         h = x * 1
         w, ids = self.route(x)
@@ -208,7 +209,7 @@ def test_rows_changed_by_any_spelling_after_the_experts_read_them(write, validat
             out.index_add_(0, tok, self.expert(rows[e], e) * w[tok, slot, None])
         return out, h
 
-    Compared(block(forward), tokens(), validate=validate)
+    Compared(block(forward), tokens(), validate="off")
 
 
 def test_ids_of_another_decision_changed_in_place_are_not_distinct_any_more():
