@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from moe_compile.backend import Backend
 from moe_compile.compiling import optimize
@@ -23,6 +24,7 @@ _FRAME_LOG = "torch._dynamo.convert_frame"
 def explain(
     model: Any,
     *,
+    inner: Any = "inductor",
     parallel: Any = None,
     validate: str = "auto",
     capture_flags: bool = True,
@@ -31,7 +33,7 @@ def explain(
 ) -> Callable[..., RewriteReport]:
     """`explain(model)(*args, **kwargs)` runs the model once on these inputs and returns the report.
 
-    The rewritten graphs run eagerly, without an inner compiler. capture_flags=False shows what
+    inner: the compiler that providers are chosen for; the rewritten graphs run eagerly. capture_flags=False shows what
     `torch.compile(model, backend="moe_compile")` makes of the model, True (the default) what moe_compile.compile does.
     Like torch._dynamo.explain it resets Dynamo before and after, so compiled models of this process compile again.
     Raises what the model raises.
@@ -39,11 +41,11 @@ def explain(
 
     def run(*args: Any, **kwargs: Any) -> RewriteReport:
         report = RewriteReport()
-        options = Options(inner="eager", parallel=parallel, validate=validate)
+        options = Options(inner=inner, parallel=parallel, validate=validate)
         torch._dynamo.reset()
         compiled = optimize(
             model,
-            Backend(options, report, patient=True),
+            _Uncompiled(options, report, patient=True),
             capture_flags=capture_flags,
             dynamic=dynamic,
             fullgraph=fullgraph,
@@ -55,6 +57,13 @@ def explain(
         return report
 
     return run
+
+
+class _Uncompiled(Backend):
+    """Everything but the inner compiler."""
+
+    def _compile(self, gm: GraphModule, *_: Any) -> Callable[..., Any]:
+        return gm.forward
 
 
 def _add_notes(report: RewriteReport, skipped: list[str]) -> None:

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from moe_compile.capture import data_dependent, flags_active
 from moe_compile.options import Options
+from moe_compile.passes.fuse import fuse
 
 _POST_PASS = "post_grad_custom_post_pass"
 
@@ -26,7 +27,11 @@ _PassBase: Any = _INFERENCE_AWARE or custom_graph_pass.CustomGraphPass
 
 
 def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: Options, name: str | None) -> Callable[..., Any]:
-    """compile_fx with the configuration of `options` and with SourcesInCacheKey. name: label of the region, if any."""
+    """compile_fx of the graph, its stages fused, with the configuration of `options` and SourcesInCacheKey.
+
+    name: label of the region, if any.
+    """
+    fuse(gm)
     patches = dict(configuration(options))
     user_passes = patches.get(_POST_PASS, getattr(inductor_config, _POST_PASS))
     patches[_POST_PASS] = SourcesInCacheKey(options, user_passes)

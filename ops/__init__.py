@@ -20,6 +20,8 @@ from . import (
     experts_cpu,
     experts_cuda,
     experts_reference,
+    grouped,
+    inline,
     quantize_dispatch,
     registry,
     route,
@@ -27,7 +29,7 @@ from . import (
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
-OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP, experts_combine.OP)
+OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP, experts_combine.OP, grouped.OP)
 
 
 def source_hash() -> str:
@@ -50,6 +52,8 @@ __all__ = [
     "experts_cpu",
     "experts_cuda",
     "experts_reference",
+    "grouped",
+    "inline",
     "parse",
     "providers",
     "quantize_dispatch",

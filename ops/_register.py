@@ -18,7 +18,7 @@ class Op:
 
     name: its name in torch.ops.moe_compile; schema: its full schema text; kernel, fake: as torch.library takes them.
     autograd: the kernel of the Autograd key: an autograd.Function around the op below Autograd. None for an op that is
-    only called below it.
+    only called below it. composite: the kernel is torch code that is traced through.
     """
 
     name: str
@@ -26,6 +26,8 @@ class Op:
     kernel: Callable[..., Any]
     fake: Callable[..., Any]
     autograd: Callable[..., Any] | None = None
+    composite: bool = False
+    tags: tuple[Any, ...] = ()
 
     @property
     def overload(self) -> Any:
@@ -33,8 +35,18 @@ class Op:
         return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
 
-def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any] | None = None) -> Op:
+def register_op(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+    *,
+    composite: bool = False,
+    tags: tuple[Any, ...] = (),
+) -> Op:
     """Registers a functional op, or replaces the implementation of one registered with the same schema.
+
+    tags: of torch.Tag, beside pt2_compliant_tag.
 
     torch keeps the first registration when a module is imported twice (a reload, a second copy on sys.path) and
     says nothing. So torch gets trampolines that look the op up in a table owned by torch.ops.moe_compile, and a
@@ -42,7 +54,7 @@ def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any
 
     Raises RuntimeError if the name is registered with another schema.
     """
-    op = Op(schema[: schema.index("(")], schema, kernel, fake, autograd)
+    op = Op(schema[: schema.index("(")], schema, kernel, fake, autograd, composite, tags)
     table = _table()
     old = table.get(op.name)
     if old is not None and old[0].schema != schema:
@@ -53,6 +65,14 @@ def register_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any
     # The Library must live as long as the process: torch unregisters the op when it is collected.
     table[op.name] = (op, old[1] if old is not None else _define(op))
     return op
+
+
+def register_composite(schema: str, function: Callable[..., Any]) -> Op:
+    """Registers an op without a kernel of its own: whoever traces it sees the torch code and the ops that `function` calls.
+
+    Raises RuntimeError as register_op does.
+    """
+    return register_op(schema, function, function, composite=True)
 
 
 def below_autograd() -> Any:
@@ -71,7 +91,7 @@ def _define(op: Op) -> Library:
     """Library.define and impl, not custom_op: 6 us a call where that takes 11 (benchmarks/notes.md)."""
     name, table = op.name, _table()
     library = Library(NAMESPACE, "FRAGMENT")
-    library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag, *op.tags))
 
     def kernel(*args: Any) -> Any:
         if torch._C._is_any_autocast_enabled():
@@ -84,6 +104,9 @@ def _define(op: Op) -> Library:
         found = table[name][0].autograd
         return found(*args) if found is not None else kernel(*args)
 
+    if op.composite:
+        library.impl(name, kernel, "CompositeImplicitAutograd")
+        return library
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library)
     if op.autograd is not None:

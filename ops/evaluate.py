@@ -92,7 +92,7 @@ def evaluate(program: Program, reads: Reads, plan: Plan | None = None) -> list[A
         elif plan is None and index in overwriting and _fits(*args):
             values.append(_IN_PLACE[step.op](*args, out=args[0]))
         else:
-            values.append(_value(index, step, args, reads))
+            values.append(step_value(index, step, args, reads))
     return values
 
 
@@ -280,7 +280,8 @@ def _spread(step: Step, index: int, total: Any, values: Sequence[Any], sums: _Su
             sums.add(arg, partial.adjoint(total, values[index], *operands, *step.attrs))
 
 
-def _value(index: int, step: Step, args: list[Any], reads: Reads) -> Any:
+def step_value(index: int, step: Step, args: list[Any], reads: Reads) -> Any:
+    """The value of one step from those of its arguments."""
     if step.op == "x":
         return reads.x()
     if step.op == "w":

@@ -25,8 +25,8 @@ SAVING_SCHEMA = f"{experts.COMBINED_SAVING}({_ARGS}, bool[] needs_grad) -> (Tens
 BACKWARD_SCHEMA = f"{experts.COMBINED_BACKWARD}(Tensor grad_TO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 
-def _prepare(*args: Any) -> tuple[experts.Call, Any]:
-    """The call, and the dtype of out."""
+def prepare(*args: Any) -> tuple[experts.Call, Any]:
+    """The call, and the dtype of out, from the op's arguments without the provider."""
     *inputs, combine_weights, out_dtype = args
     call = experts.prepare(*inputs)
     if combine_weights is not None and combine_weights.dim() != 2:
@@ -38,7 +38,7 @@ def _prepare(*args: Any) -> tuple[experts.Call, Any]:
 
 
 def _kernel(*args: Any) -> Any:
-    call, out_dtype = _prepare(*args[:-1])
+    call, out_dtype = prepare(*args[:-1])
     experts.check_slots(call)
     kernels = registry.get("experts", args[-1]).kernels
     if NAME in kernels:
@@ -48,14 +48,14 @@ def _kernel(*args: Any) -> Any:
 
 
 def _fake(*args: Any) -> Any:
-    call, out_dtype = _prepare(*args[:-1])
+    call, out_dtype = prepare(*args[:-1])
     tokens, _, width = call.out_shape
     return call.x.new_empty((tokens, width), dtype=out_dtype)
 
 
 def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
     *inputs, provider, needs_grad = args
-    call, out_dtype = _prepare(*inputs)
+    call, out_dtype = prepare(*inputs)
     experts.check_slots(call)
     out, saved = registry.kernel("experts", provider, experts.COMBINED_SAVING)(call, out_dtype, needs_grad)
     return out, saved
@@ -63,12 +63,12 @@ def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
 
 def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
     *inputs, provider, needs_grad = args
-    return _fake(*inputs, provider), experts.empty_saved(_prepare(*inputs)[0], needs_grad)
+    return _fake(*inputs, provider), experts.empty_saved(prepare(*inputs)[0], needs_grad)
 
 
 def _backward_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
     *inputs, provider, needs_grad = args
-    call, _ = _prepare(*inputs)
+    call, _ = prepare(*inputs)
     experts.check_slots(call)
     # Products are taken in y's dtype; where it is narrower than out's, its gradient is rounded to it, as in autograd.
     grad = grad_TO.to(call.values[-1].dtype)
@@ -78,7 +78,7 @@ def _backward_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
 
 def _backward_fake(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
     *inputs, _, needs_grad = args
-    return experts.empty_grads(_prepare(*inputs)[0], needs_grad)
+    return experts.empty_grads(prepare(*inputs)[0], needs_grad)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -14,124 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from . import registry
+from .bags import TokenSums
 from .blocks import Block, cut, split
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
 from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, NAME, SAVING, Call, empty_grads, empty_saved
 from .layout import views
+from .products_cpu import Products, for_weight_gradient
 from .program import Program
 
 # Values of a block, bytes. Smaller blocks fit L2 and still lose to the calls they add: 512 rows of float32 at
 # H = 512, I = 256 beat 128 by 10 %, and 4096 by 5 to 30 % (benchmarks/notes.md).
-BLOCK_BYTES = 6 << 20
-MIN_ROWS, MAX_ROWS = 64, 2048
-
-# Mean rows an expert for which W @ rows.T beats rows @ W.T on an [out, in] weight: oneDNN bfloat16 on any number of
-# threads, MKL float32 from two (benchmarks/notes.md).
-TRANSPOSED_ROWS = {torch.float32: range(12, 40), torch.bfloat16: range(2, 128), torch.float16: range(2, 128)}
-
-# Mean rows an expert up to which a copy of one operand pays for a weight gradient, where that operand has at least
-# COPIED_WIDTH features: 158 -> 82 us at 16 rows of 512 float32, 143 -> 87 at 64 rows of bfloat16, nothing at 256 features.
-COPIED_ROWS = {torch.float32: 24, torch.bfloat16: 64, torch.float16: 64}
-COPIED_WIDTH = 512
-
-
-class Products:
-    """The products of rows with their experts' weights, and the views of weights that they need."""
-
-    def __init__(self, call: Call, blocks: list[Block]) -> None:
-        self.weights = call.weights
-        self.inner = inner_products(call.program)
-        used = sum(len(block.experts) for block in blocks)
-        self.few = 4 * used < call.offsets.shape[0]
-        self.offsets = call.offsets if len(blocks) == 1 and 2 * used >= call.offsets.shape[0] else None
-        self.views: dict[tuple[int, Any, bool], Any] = {}
-
-    def forward(self, block: Block, j: int, rows: Any) -> Any:
-        """rows @ W, in whichever memory order is faster."""
-        if not (j in self.inner and self._prefers_transposed(block, j, rows.dtype)):
-            if self._all_at_once(j, rows):
-                return self._grouped(j, rows, transposed=False)
-            return self.into(block, j, rows, rows.new_empty((rows.shape[0], self.weights.fan(j)[1])))
-        out_t = rows.new_empty((self.weights.fan(j)[1], rows.shape[0]))
-        weights = self.of_runs(block, j, rows.dtype, transposed=True)
-        multiply(weights, split(block, rows.t(), 1), split(block, out_t, 1))
-        return out_t.t()
-
-    def into(self, block: Block, j: int, rows: Any, out: Any) -> Any:
-        """rows @ W, written to out."""
-        multiply(split(block, rows), self.of_runs(block, j, rows.dtype), split(block, out))
-        return out
-
-    def back(self, block: Block, j: int, grad: Any) -> Any:
-        """grad @ W.T"""
-        if self._all_at_once(j, grad):
-            return self._grouped(j, grad, transposed=True)
-        out = grad.new_empty((grad.shape[0], self.weights.fan(j)[0]))
-        multiply(split(block, grad), self.of_runs(block, j, grad.dtype, transposed=True), split(block, out))
-        return out
-
-    def _all_at_once(self, j: int, rows: Any) -> bool:
-        """Whether torch's own loop over the experts can take it: 4 % of a layer of 32 experts and 64 tokens."""
-        slot = self.weights.slots[j]
-        weight = self.weights.tensors[slot.first]
-        return self.offsets is not None and slot.stacked and rows.dtype == weight.dtype and _takes(rows) and _takes(weight)
-
-    def _grouped(self, j: int, rows: Any, transposed: bool) -> Any:
-        slot = self.weights.slots[j]
-        weight = self.weights.tensors[slot.first]
-        return F.grouped_mm(rows, weight if (slot.axes == "io") != transposed else weight.transpose(1, 2), offs=self.offsets)
-
-    def of_runs(self, block: Block, j: int, dtype: Any, transposed: bool = False) -> list[Any]:
-        """Weight j of each run's expert, [in, out] or [out, in], in the rows' dtype."""
-        key = (j, dtype, transposed)
-        if key not in self.views:
-            self.views[key] = self._views(*key)
-        views = self.views[key]
-        return [views[expert] for expert in block.experts]
-
-    def _views(self, j: int, dtype: Any, transposed: bool) -> Any:
-        if self.weights.first(j).dtype == dtype and not self.few:
-            return self.weights.all(j, transposed)
-
-        def make(expert: int) -> Any:
-            weight = self.weights.of(j, expert).to(dtype)
-            return weight.t() if transposed else weight
-
-        return _Lazy(make)
-
-    def _prefers_transposed(self, block: Block, j: int, dtype: Any) -> bool:
-        if self.weights.slots[j].axes != "oi" or block.mean_rows not in TRANSPOSED_ROWS.get(dtype, ()):
-            return False
-        return dtype != torch.float32 or torch.get_num_threads() > 1
-
-
-def _takes(matrix: Any) -> bool:
-    """torch's grouped_mm wants rows of a multiple of 16 bytes, aligned."""
-    if matrix.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not hasattr(F, "grouped_mm"):
-        return False
-    row_bytes = matrix.shape[-1] * matrix.element_size()
-    return bool(row_bytes % 16 == 0 and matrix.is_contiguous() and matrix.data_ptr() % 16 == 0)
-
-
-class _Lazy(dict[int, Any]):
-    """Weights by expert, made when first asked for: casts, and views where few experts of many are used."""
-
-    def __init__(self, make: Callable[[int], Any]) -> None:
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, expert: int) -> Any:
-        self[expert] = self.make(expert)
-        return self[expert]
-
-
-def multiply(lefts: Sequence[Any], rights: Sequence[Any], outs: Sequence[Any]) -> None:
-    """out = left @ right for each: this loop is the grouped GEMM, 2 us an expert around its mm."""
-    for left, right, out in zip(lefts, rights, outs, strict=True):
-        torch.mm(left, right, out=out)
+BLOCK_BYTES = 16 << 20
+MIN_ROWS, MAX_ROWS = 64, 4096
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,7 +103,7 @@ def _forward(call: Call, saved: dict[int, Any]) -> Any:
     tokens, top_k, width = call.out_shape
     y_NO = call.x.new_empty((tokens * top_k, width), dtype=call.values[-1].dtype)
     rows = Rows(call)
-    products = Products(call, rows.blocks)
+    products = Products(call.weights, call.offsets, rows.blocks, inner_products(call.program))
     for block in rows.blocks:
         values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, saved)))
         y_NO.index_copy_(0, rows.slots(block), values[-1].expand(block.stop - block.start, width))
@@ -223,11 +119,16 @@ def _define_rest(saved: dict[int, Any], used: int) -> None:
         product[used:] = 0
 
 
-def _forward_mm(call: Call, products: Products, block: Block, saved: dict[int, Any]) -> Callable[[int, Any], Any]:
+def _forward_mm(
+    call: Call, products: Products, block: Block, saved: dict[int, Any], written: dict[int, Any] | None = None
+) -> Callable[[int, Any], Any]:
+    """A block's products; those in saved or written go where that says."""
+    places = {**(written or {}), **{index: kept[block.start : block.stop] for index, kept in saved.items()}}
+
     def mm(index: int, rows: Any) -> Any:
         j = call.program.steps[index].attrs[0]
-        if index in saved:
-            return products.into(block, j, rows, saved[index][block.start : block.stop])
+        if index in places:
+            return products.into(block, j, rows, places[index])
         return products.forward(block, j, rows)
 
     return mm
@@ -242,7 +143,7 @@ def _backward(call: Call, grad_of: Callable[[Rows, Block], Any], saved: list[Any
     plan = reverse_plan(call.program, call.needs(needs_grad), keep=bool(saved))
     kept = dict(zip(plan.kept, saved, strict=True))
     rows = Rows(call)
-    products = Products(call, rows.blocks)
+    products = Products(call.weights, call.offsets, rows.blocks, inner_products(call.program))
     sums = Sums(call, needs_grad, products)
     for block in rows.blocks:
         values = evaluate(call.program, rows.reads(block, _kept_mm(call, products, block, kept)), plan)
@@ -258,7 +159,7 @@ def _backward(call: Call, grad_of: Callable[[Rows, Block], Any], saved: list[Any
 
 
 def forward_combined(call: Call, out_dtype: Any) -> Any:
-    """out [T, O]: each block's rows are added to their tokens at once, so that y [T, K, O] is never in memory."""
+    """out [T, O]: rows wait in the order of the experts for their token's sum, so that nothing is scattered."""
     return _forward_combined(call, out_dtype, {})
 
 
@@ -270,20 +171,21 @@ def forward_combined_saving(call: Call, out_dtype: Any, needs_grad: Sequence[boo
 
 
 def _forward_combined(call: Call, out_dtype: Any, saved: dict[int, Any]) -> Any:
-    tokens, _, width = call.out_shape
-    dtype = sum_dtype(call.values[-1].dtype)
-    if call.combine_weights is not None:
-        dtype = torch.promote_types(dtype, call.combine_weights.dtype)
-    out_TO = call.x.new_zeros((tokens, width), dtype=dtype)
     rows = Rows(call)
-    products = Products(call, rows.blocks)
+    products = Products(call.weights, call.offsets, rows.blocks, inner_products(call.program))
+    largest = max((block.stop - block.start for block in rows.blocks), default=0)
+    like = call.x.new_empty(0, dtype=call.values[-1].dtype)
+    scales = None if rows.flat_scale is None else rows.flat_scale.view(-1)
+    sums = TokenSums(like, call.order[: rows.used], scales, call.out_shape, out_dtype, largest)
+    last = len(call.program.steps) - 1
     for block in rows.blocks:
-        values = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, saved)))
-        result, scale = values[-1].to(dtype), rows.scale(block)
-        result = result if scale is None else result * scale.to(dtype)
-        out_TO.index_add_(0, rows.tokens[block.start : block.stop], result.expand(block.stop - block.start, width))
+        room = sums.room(block.start, block.stop)
+        written = {last: room} if room.dtype == like.dtype else {}
+        result = evaluate(call.program, rows.reads(block, _forward_mm(call, products, block, saved, written)))[-1]
+        if result is not room:
+            room.copy_(result.expand(block.stop - block.start, -1))
     _define_rest(saved, rows.used)
-    return out_TO.to(out_dtype)
+    return sums.finish()
 
 
 def backward_combined(call: Call, grad_TO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
@@ -331,8 +233,7 @@ class Sums:
 
     def add_products(self, block: Block, j: int, rows: Any, grad: Any) -> None:
         """Adds rows.T @ grad, run by run."""
-        if block.mean_rows <= COPIED_ROWS.get(rows.dtype, 0):
-            rows, grad = _column_major(rows, grad, self.products.weights.slots[j].axes)
+        rows, grad = for_weight_gradient(block, rows, grad, self.products.weights.slots[j].axes)
         parts = zip(block.experts, split(block, rows.t(), 1), split(block, grad), strict=True)
         for expert, left, right in parts:
             target = self.weights[j][expert]
@@ -356,13 +257,6 @@ class Sums:
         if self.dx_TH is not None:
             self.grads[0] = self.dx_TH.to(self.x_dtype)
         return self.grads
-
-
-def _column_major(rows: Any, grad: Any, axes: str) -> tuple[Any, Any]:
-    """Copies the operand that MKL and oneDNN want column by column: rows for an [out, in] gradient, else grad."""
-    if axes == "oi":
-        return (rows.t().contiguous().t() if rows.shape[1] >= COPIED_WIDTH else rows), grad
-    return rows, (grad.t().contiguous().t() if grad.shape[1] >= COPIED_WIDTH else grad)
 
 
 def sum_dtype(dtype: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import registry
-from ._register import below_autograd, register_op
+from ._register import below_autograd, register_composite, register_op
 
 NAME = "quantize_dispatch"
 SCHEMA = (
@@ -59,6 +59,7 @@ def _autograd(*args: Any) -> Any:
 
 
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+INLINE_OP = register_composite(SCHEMA.replace(NAME, NAME + "_inline"), _kernel)  # for a provider that is torch code
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

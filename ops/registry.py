@@ -15,8 +15,10 @@ STAGES = ("route", "comm", "experts")
 class Problem:
     """What a provider is asked to compute, as far as it is known at compile time.
 
-    stage: one of STAGES. tokens: T, or None if unknown. program, weight_layout: as in permute_experts_unpermute.
-    format: "standard" rows with ids, or "batched" [E, capacity, H]. world: ranks that share the experts.
+    stage: one of STAGES. tokens: T, of the first call where it varies, or None if unknown. program, weight_layout: as in
+    permute_experts_unpermute.
+    format: "standard" rows with ids, or "batched" [E, capacity, H]. world: ranks that share the experts. compiler: the inner
+    compiler's name, if it has one.
     """
 
     stage: str
@@ -33,6 +35,7 @@ class Problem:
     format: str = "standard"
     world: int = 1
     training: bool = False
+    compiler: str = ""
 
 
 def _anything(problem: Problem) -> str | None:

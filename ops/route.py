@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import registry
-from ._register import below_autograd, register_op
+from ._register import below_autograd, register_composite, register_op
 from .functions import ABOVE
 
 NAME = "route"
@@ -78,9 +78,9 @@ def reference(logits_TE: Any, bias_E: Any, routing: Routing) -> tuple[Any, Any]:
     """weights [T, K] and ids int64 [T, K]."""
     scores_TE = _scores(logits_TE, routing)
     choice_TE, _ = _choice(scores_TE, bias_E, routing)
-    ids_TK = torch.topk(choice_TE, routing.top_k, dim=-1, sorted=routing.sorted).indices
-    picked_TK = (choice_TE if routing.weights_from == "choice" else scores_TE).gather(-1, ids_TK)
-    weights_TK = _normalize(picked_TK, routing)
+    chosen_TK, ids_TK = torch.topk(choice_TE, routing.top_k, dim=-1, sorted=routing.sorted)
+    weighs = routing.weights_from == "choice" or choice_TE is scores_TE
+    weights_TK = _normalize(chosen_TK if weighs else scores_TE.gather(-1, ids_TK), routing)
     if routing.scale != 1.0:
         weights_TK = weights_TK * routing.scale
     return weights_TK.to(routing.weight_dtype or weights_TK.dtype), ids_TK
@@ -209,7 +209,20 @@ def _autograd(logits: Any, *rest: Any) -> tuple[Any, Any]:
         return weights, ids
 
 
+class _Inline(_Differentiable):
+    """The same with its forward in the caller's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
+        weights, ids = _kernel(logits, bias, *constants)
+        ctx.save_for_backward(logits, bias, ids)
+        ctx.mark_non_differentiable(ids)
+        ctx.routing = Routing(*constants)
+        return weights, ids
+
+
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+INLINE_OP = register_composite(SCHEMA.replace(NAME, NAME + "_inline"), _Inline.apply)
 
 
 def cost(problem: registry.Problem) -> float:

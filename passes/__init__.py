@@ -8,6 +8,7 @@ select.py      which provider computes each stage                     (policy)
 emit.py, rewrite.py    Formula -> stage ops, spliced into the graph   (no decisions)
 standalone.py, validate.py   original against replacement, executed   (keeps or drops a rewrite)
 router/, routing.py    which router stands before a block?  -> route   (where that saves nodes)
+fuse.py        two stages in one op, for Inductor
 diff.py        normal form of a graph, for reports and tests
 run.py         drives them
 """

@@ -135,7 +135,7 @@ class _Part:
             region = find_region(self.gm, d, self._facts(d), until, self.ambient[d.ids], self.training)
         _describe(entry, region)
         with self.clock("select"):
-            choice = choose(problem_of(region, weight_layouts(region), self.options.quant, self.training))
+            choice = choose(problem_of(region, weight_layouts(region), self.options, self.training))
         entry.providers, entry.losers = choice.providers, choice.losers
         if self.options.validate != "off":
             with self.clock("validate"):

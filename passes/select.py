@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_compile.ops.registry import Problem, providers
+from moe_compile.options import Options
 
 from .decisions import tensor_of
 from .emit import holder
@@ -43,12 +44,11 @@ def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts")) -> C
     return Choice(chosen, losers)
 
 
-def problem_of(region: MoERegion, weight_layout: str, quant: str, training: bool) -> Problem:
+def problem_of(region: MoERegion, weight_layout: str, options: Options, training: bool) -> Problem:
     """What the region asks of a provider, as far as it is known at compile time."""
     f = region.formula
     x = tensor_of(region.decision.source.args[0])
     weight = tensor_of(holder(region, f.weights[0].leaf.nodes[0]))
-    tokens = prod(v.size for v in f.rows)
     return Problem(
         stage="experts",
         device=x.device.type if x is not None else "cpu",
@@ -57,9 +57,19 @@ def problem_of(region: MoERegion, weight_layout: str, quant: str, training: bool
         intermediate=int(f.weights[-1].extent("i")),
         num_experts=f.num_experts,
         top_k=f.top_k,
-        tokens=tokens if isinstance(tokens, int) else None,
+        tokens=_tokens(region),
         program=f.program,
         weight_layout=weight_layout,
-        quant=quant,
+        quant=options.quant,
         training=training,
+        compiler=options.inner if isinstance(options.inner, str) else "",
     )
+
+
+def _tokens(region: MoERegion) -> int | None:
+    """T of the call that is being compiled; later calls may have others, which any choice must get right and only this one fast."""
+    ids = tensor_of(region.decision.ids)
+    slots = ids.numel() if ids is not None else None
+    if isinstance(slots, torch.SymInt):
+        slots = slots.node.hint if slots.node.has_hint() else None
+    return slots // region.formula.top_k if slots is not None else None

@@ -113,13 +113,14 @@ def test_users_pass_that_asks_for_inference_hears_of_it():
 def test_users_pass_in_inductors_configuration_still_runs(fresh_dynamo, monkeypatch):
     import fakes
     from torch._inductor import config
+    from torch._inductor.utils import fresh_cache
 
     import moe_compile
     from moe_compile import passes
 
     monkeypatch.setattr(passes, "run", fakes.refuse_all)
     globally, by_option = Keyed("globally"), Keyed("by option")
-    with config.patch(post_grad_custom_post_pass=globally), torch.no_grad():
+    with fresh_cache(), config.patch(post_grad_custom_post_pass=globally), torch.no_grad():
         moe_compile.compile(torch.nn.Linear(8, 8))(torch.ones(5, 8))
         options = {"post_grad_custom_post_pass": by_option}
         moe_compile.compile(torch.nn.Linear(8, 8), options=options)(torch.ones(5, 8))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_cases import CASES, IDS, E, arguments, ids_of, leaves, run, slot_loop, value_and_grads, with_grad
 
-from moe_compile.ops import combine, experts, experts_combine, experts_cpu, experts_cuda, registry
+from moe_compile.ops import combine, experts, experts_combine, experts_cpu, experts_cuda, products_cpu, registry
 from moe_compile.ops.blocks import cut
 from moe_compile.ops.quantize_dispatch import counting_sort
 
@@ -113,10 +113,10 @@ def test_experts_split_over_blocks_sum_their_gradients(rows: int, monkeypatch: p
 
 @pytest.mark.parametrize("case", CASES)
 def test_products_feature_by_feature_and_copied_operands_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts_cpu, "TRANSPOSED_ROWS", {torch.float64: range(1, 100)})
-    monkeypatch.setattr(experts_cpu, "COPIED_WIDTH", 1)
+    monkeypatch.setattr(products_cpu, "TRANSPOSED_ROWS", {torch.float64: range(1, 100)})
+    monkeypatch.setattr(products_cpu, "COPIED_WIDTH", 1)
     for copied in (0, 100):
-        monkeypatch.setattr(experts_cpu, "COPIED_ROWS", {torch.float64: copied})
+        monkeypatch.setattr(products_cpu, "COPIED_ROWS", {torch.float64: copied})
         _compare(case, ids_of("mixed"), "cpu_grouped")
 
 

@@ -1,0 +1,84 @@
+"""What Inductor gets of the stages: torch code that it can fuse with what stands around, and experts with combine in one op.
+
+Before:   y = permute_experts_unpermute(x, order, offsets, ...); out = combine(y, w, handle, dtype, "local")
+After:    out = permute_experts_combine(x, order, offsets, ..., w, dtype, provider)
+
+The graph that users see and compare has the stages; moe_compile/inductor.py calls this on the way down. An op named *_inline
+is traced through (ops/_register.py): its provider is torch code anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from moe_compile.ops import experts_combine, inline, quantize_dispatch, registry, route
+
+from .decisions import tensor_of, writes_in_place
+
+
+def fuse(gm: GraphModule) -> int:
+    """Fuses in place wherever it can, in the bodies of higher-order ops too; returns how many nodes it replaced."""
+    count = 0
+    for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
+        done = [_replaced(part, n) for n in list(part.graph.nodes) if n.op == "call_function"]
+        count += sum(done)
+        if any(done):
+            part.recompile()
+    return count
+
+
+def _replaced(gm: GraphModule, n: Node) -> bool:
+    ops = torch.ops.moe_compile
+    if n.target is ops.route.default and _routes_inline(n):
+        n.target = route.INLINE_OP.overload
+        return True
+    if n.target is ops.quantize_dispatch.default and n.args[-1] == "local":
+        n.target = quantize_dispatch.INLINE_OP.overload
+        return True
+    if n.target is ops.combine.default and _fusible(n, n.args[0]):
+        _fuse(gm, n, n.args[0])
+        return True
+    return False
+
+
+def _routes_inline(n: Node) -> bool:
+    """On a CPU, Inductor repeats what made a weight for every few elements of the row that it weighs: fine for a short sum."""
+    logits, routing = tensor_of(n.args[0]), route.Routing(*n.args[2:])
+    if logits is not None and logits.device.type != "cpu":
+        return True
+    values = (n.args[1] is None and routing.num_groups == 1) or routing.weights_from == "choice"  # of the top-k itself, no gather
+    return values and (routing.normalize == "none" or routing.top_k <= 4)
+
+
+def _fusible(combine: Node, experts: Node) -> bool:
+    """Rows that nobody else reads, on this rank, by a provider that does both stages at once; nothing is written in between."""
+    if combine.args[-1] != "local" or experts.target is not torch.ops.moe_compile.permute_experts_unpermute.default:
+        return False
+    return len(experts.users) == 1 and _target(experts) is not None and not _written_between(experts, combine)
+
+
+def _target(experts: Node) -> str | None:
+    kernels = registry.get("experts", experts.args[-1]).kernels
+    return next((name for name in (inline.NAME, experts_combine.NAME) if name in kernels), None)
+
+
+def _written_between(first: Node, last: Node) -> bool:
+    n = first.next
+    while n is not last:
+        if writes_in_place(n):
+            return True
+        n = n.next
+    return False
+
+
+def _fuse(gm: GraphModule, combine: Node, experts: Node) -> None:
+    _, topk_weights, _, out_dtype, _ = combine.args
+    *inputs, provider = experts.args
+    rest = (topk_weights, out_dtype) if _target(experts) == inline.NAME else (topk_weights, out_dtype, provider)
+    with gm.graph.inserting_before(combine):
+        fused = gm.graph.call_function(getattr(torch.ops.moe_compile, str(_target(experts))).default, (*inputs, *rest))
+    fused.meta = dict(combine.meta)
+    combine.replace_all_uses_with(fused)
+    gm.graph.erase_node(combine)
+    gm.graph.erase_node(experts)

@@ -1,0 +1,100 @@
+"""Experts and combine become one op on the way to Inductor, and only where nobody sees the difference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import Block, E, K, block, calls, graph_of, node, rewrite, tokens
+
+import moe_compile
+from moe_compile.passes.fuse import fuse
+
+FUSED = "permute_experts_combine"
+STAGES = ["route", "quantize_dispatch", "permute_experts_unpermute", "combine"]
+
+
+def rewritten():
+    gm = graph_of(Block(), tokens())
+    rewrite(gm)
+    return gm
+
+
+def fused(gm):
+    fuse(gm)
+    gm.graph.lint()
+    return calls(gm, *STAGES, *[f"{stage}_inline" for stage in (*STAGES, FUSED)], FUSED)
+
+
+def test_stages_become_what_inductor_can_fuse_with_the_same_result():
+    gm = rewritten()
+    inputs = [torch.randn(n.meta["example_value"].shape) for n in gm.graph.nodes if n.op == "placeholder"]
+    expected = gm(*inputs)
+    assert fused(gm) == ["route_inline", "quantize_dispatch_inline", FUSED]
+    torch.testing.assert_close(gm(*inputs), expected)
+
+
+def test_a_provider_that_is_torch_code_is_traced_through():
+    gm = rewritten()
+    provided_by(gm, "inline")
+    assert fused(gm)[-1] == f"{FUSED}_inline"
+
+
+def provided_by(gm, name):
+    experts = node(gm, "permute_experts_unpermute")
+    experts.args = (*experts.args[:-1], name)
+
+
+def test_the_new_op_carries_the_users_source_line():
+    gm = rewritten()
+    fuse(gm)
+    assert "blocks.py" in node(gm, FUSED).meta["stack_trace"]
+
+
+def test_rows_that_somebody_else_reads_stay():
+    gm = rewritten()
+    experts = node(gm, "permute_experts_unpermute")
+    with gm.graph.inserting_after(experts):
+        gm.graph.call_function(torch.sum, (experts,))
+    assert fused(gm)[-2:] == ["permute_experts_unpermute", "combine"]
+
+
+def test_a_write_between_the_stages_keeps_their_order():
+    gm = rewritten()
+    experts = node(gm, "permute_experts_unpermute")
+    with gm.graph.inserting_after(experts):
+        gm.graph.call_method("zero_", (experts.args[0],))
+    assert fused(gm)[-2:] == ["permute_experts_unpermute", "combine"]
+
+
+def test_a_provider_without_the_kernel_keeps_two_stages():
+    gm = rewritten()
+    provided_by(gm, "reference")
+    assert fused(gm)[-2:] == ["permute_experts_unpermute", "combine"]
+
+
+def test_a_router_whose_weights_are_gathered_stays_an_op_on_a_cpu():
+    def route(self, x):
+        scores = F.linear(x, self.gate).sigmoid()
+        ids = (scores + self.bias).topk(K, dim=-1)[1]
+        return scores.gather(1, ids), ids
+
+    gm = graph_of(block(Block.forward, route=route, bias=torch.randn(E)), tokens())
+    rewrite(gm)
+    assert fused(gm)[0] == "route"
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("training", [False, True])
+def test_inductor_gets_products_and_the_report_the_stages(fresh_dynamo, training):
+    seen = []
+    model, x = Block(), tokens()
+    compiled = moe_compile.compile(model, options={"post_grad_custom_post_pass": lambda graph: seen.append(str(graph))})
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    assert "grouped_mm" in seen[0]
+    assert "moe_compile.combine" not in seen[0]
+    report = moe_compile.explain(Block(), inner="inductor")(tokens())
+    assert "combine(" in report.graphs[0].after
+    assert FUSED not in report.graphs[0].after
+    assert report.regions[0].providers["experts"] == "inline"
