@@ -9,8 +9,8 @@ Paths, all on the same parameters, measured in turn in one process:
     ours+c        moe_compile.compile of the naive loop (Inductor)
     naive, +c     a masked loop over the experts, eager and compiled (compiled only with --compile-naive: minutes)
     hf, +c        transformers' MixtralExperts with experts_implementation="grouped_mm", eager and compiled
-Compiled paths compile for each number of tokens. Every path is held against a float64 loop in the same run; a path that is off by more than its dtype allows is reported
-as wrong and gets no ratio. Medians; CSV and Markdown go to benchmarks/results/.
+Compiled paths compile for each number of tokens. Every path is held against a float64 loop in the same run; a path that
+is off by more than its dtype allows is reported as wrong and gets no ratio. Medians; CSV and Markdown go to benchmarks/results/.
 --clock cpu takes the process's CPU time, for a machine that is shared (only with --threads 1).
 """
 

@@ -24,8 +24,8 @@ from .layout import views
 from .products_cpu import Products, for_weight_gradient
 from .program import Program
 
-# Values of a block, bytes. Smaller blocks fit L2 and still lose to the calls they add: 512 rows of float32 at
-# H = 512, I = 256 beat 128 by 10 %, and 4096 by 5 to 30 % (benchmarks/notes.md).
+# Values of a block, bytes. Smaller blocks fit L2 and still lose to the calls they add, and experts in several blocks have their
+# weights packed again: 6 MiB lose 5 % at 1024 rows an expert (benchmarks/notes.md).
 BLOCK_BYTES = 16 << 20
 MIN_ROWS, MAX_ROWS = 64, 4096
 

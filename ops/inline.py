@@ -15,7 +15,7 @@ import torch
 
 from . import combine, experts, experts_cpu, experts_cuda, grouped, registry
 from ._register import register_composite
-from .evaluate import Reads, step_value
+from .evaluate import Reads, step_value, tilings
 from .experts_combine import prepare
 from .infer import product_dtypes
 from .program import parse
@@ -35,11 +35,30 @@ def _inline(*args: Any) -> Any:
 
     reads = Reads(lambda: slots.rows_of(call.x), lambda: slots.take(call.topk_weights.reshape(-1, 1)), mm, slots.bias)
     values: list[Any] = []
+    parts: dict[int, Any] = {}  # columns that were split off together
     for index, step in enumerate(call.program.steps):
-        value = step_value(index, step, [values[arg] for arg in step.args], reads)
+        if step.op == "cols" and index not in parts:
+            parts |= _split(call, step.args[0], values[step.args[0]])
+        value = parts[index] if index in parts else step_value(index, step, [values[arg] for arg in step.args], reads)
         values.append(value.detach() if step.op == "stop" else value)
     y_NO = values[-1].expand(call.order.shape[0], call.out_shape[2])
     return slots.sum(y_NO, call.combine_weights, out_dtype)
+
+
+def _split(call: experts.Call, whole: int, value: Any) -> dict[int, Any]:
+    """All slices of a value that they tile, by the steps that take them: one split, whose backward is one concatenation.
+
+    Each slice's own backward would be zeros around it, and their sum evaluates both sides for every column.
+    """
+    at = sorted(tilings(call.program, call.values).get(whole, ()), key=lambda index: call.program.steps[index].attrs)
+    slices = [call.program.steps[index].attrs for index in at]
+    if not at or len(set(slices)) < len(slices):
+        return {}
+    if all(step == 1 for *_, step in slices):
+        return dict(zip(at, value.split([stop - start for start, stop, _ in slices], -1), strict=True))
+    if all(step == len(slices) for *_, step in slices):
+        return dict(zip(at, value.unflatten(-1, (-1, len(slices))).unbind(-1), strict=True))
+    return {}
 
 
 def _product(call: experts.Call, j: int, layout: str, rows: Any) -> Any:

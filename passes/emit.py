@@ -98,6 +98,8 @@ class Emitter:
             return self.call(torch.softmax, self.matrix(a[1], (a[0],)), 1)
         if e.op in POINTWISE:
             return self.call(POINTWISE[e.op], *[self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+        if e.op == "sel":
+            raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {show(e)[:80]}")
         raise Refused(f"no graph code for {show(e)[:80]}")
 
     def _only_rows(self, e: Expr) -> None:

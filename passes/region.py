@@ -9,6 +9,8 @@ from torch.fx import GraphModule, Node
 
 from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
+from .lift.normal import PARTIAL
+from .lift.read import NO_WEIGHT, NOTHING_SUMMED
 from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
 
@@ -109,8 +111,10 @@ class _Search:
         try:
             formula = read(self.interp.value(value), val.dtype)
         except Refused as e:
-            if str(e) not in ("no sum over experts", "no expert weight is selected by an id"):
+            if str(e) not in (NOTHING_SUMMED, NO_WEIGHT):
                 self.why = f"{n.name}: {e}"
+            elif str(e) == NO_WEIGHT and PARTIAL in self.why:  # the whole sum is there by now, and fails for another reason
+                self.why = f"{n.name}: the experts are not made of linear layers, as far as can be seen"
             return
         if self.best is None or formula.score() > self.best.formula.score():
             self.best = self._region(trace, n, target, value, formula)

@@ -472,3 +472,31 @@ def test_a_block_in_a_branch_that_is_not_used_changes_nothing():
         return x * 2
 
     Compared(block(forward), tokens())
+
+
+def test_a_count_of_one_is_a_mask():
+    def slots(self, x):
+        w, ids = self.route(x)
+        chosen, out = F.one_hot(ids, E), torch.zeros_like(x)
+        for e in range(E):
+            tok, slot = torch.where(chosen[..., e] == 1)
+            out.index_add_(0, tok, self.expert(x[tok], e) * w[tok, slot, None])
+        return out
+
+    def of_tokens(self, x):
+        w, ids = self.route(x)
+        chosen, out = F.one_hot(ids, E).sum(1), torch.zeros_like(x)
+        for e in range(E):
+            (tok,) = torch.where(chosen[:, e] == 1)
+            out.index_add_(0, tok, self.expert(x[tok], e) * (w * (ids == e)).sum(-1)[tok, None])
+        return out
+
+    def not_chosen(self, x):
+        w, ids = self.route(x)
+        chosen, out = F.one_hot(ids, E), torch.zeros_like(x)
+        for e in range(E):
+            tok, slot = torch.where(chosen[..., e] == 0)
+            out.index_add_(0, tok, self.expert(x[tok], e) * w[tok, slot, None])
+        return out
+
+    assert [Compared(block(f), tokens()).rewritten for f in (slots, of_tokens, not_chosen)] == [1, 1, 0]

@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import blocks
 import pytest
 import torch
 import torch.nn.functional as F
 from corpus.harness import error
 from torch import Tensor, nn
 
+import moe_compile
 from moe_compile import passes
 from moe_compile.ops.route import Routing
 from moe_compile.options import Options
@@ -500,3 +502,21 @@ def test_it_is_reported_with_the_nodes_it_saves():
     assert region.providers["route"] == "torch"
     assert "router on random logits, ties, a row of NaN" in region.validation
     assert region.nodes_before - region.nodes_after > 20
+
+
+@pytest.mark.parametrize(
+    ("route", "said"),
+    [
+        (lambda s: s.softmax(0).topk(2, dim=-1), "softmax(logits, dim=0)"),
+        (lambda s: s.softmax(-1).topk(2, dim=-1, largest=False), "smallest_2(softmax(logits))"),
+        (lambda s: ((t := s.softmax(-1).topk(2, dim=-1))[0] / t[0].sum(), t[1]), "all axes"),
+        (lambda s: ((t := s.softmax(-1).topk(2, dim=-1))[0] / t[0].sum(0, keepdim=True), t[1]), "dim=[0]"),
+        (lambda s: (F.softplus(s, beta=2.0).gather(1, ids := s.topk(2, dim=-1)[1]), ids), "softplus(logits, beta=2)"),
+        (lambda s: ((t := s.softmax(-1).topk(2, dim=-1))[0], (t[1] + 1) % 3), "other=3"),
+    ],
+)
+def test_what_is_unusual_in_a_router_is_said(route, said):
+    model = blocks.block(blocks.Block.forward, route=lambda self, x: route(F.linear(x, self.gate)))
+    (region,) = moe_compile.explain(model)(blocks.tokens()).regions
+    assert region.rewritten
+    assert said in region.router

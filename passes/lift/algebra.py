@@ -141,10 +141,17 @@ def eq(a: Expr, b: Expr) -> Expr:
         r = bounds(a)
         if r and (b.args[0] < r[0] or (isinstance(r[1], int) and b.args[0] >= r[1])):
             return ZERO
+        if _zero_or_one(a) and b.args[0] in (0, 1):
+            return a if b.args[0] else negate(a)
         if a.op == "mix" and isinstance(n := prod(a.args[3::2]), int) and b.args[0] >= 0 and _fits(a):
             c = b.args[0]
             return mul(eq(a.args[0], const(c // n)), eq(mix(*a.args[2:]), const(c % n)))
     return raw("eq", a, b)
+
+
+def _zero_or_one(a: Expr) -> bool:
+    """A truth value, or sum_k [id_k = e] with distinct ids."""
+    return is_bool(a) or (a.op == "sum" and distinct_slots(a) and is_bool(a.args[1]))
 
 
 def _fits(a: Expr) -> bool:
@@ -154,10 +161,8 @@ def _fits(a: Expr) -> bool:
 def compare(op: str, a: Expr, b: Expr) -> Expr:
     """lt, le, gt, ge, ne with range facts."""
     if op == "ne":
-        if is_const(b, 0) and a.op == "sum" and distinct_slots(a) and is_bool(a.args[1]):
-            return a  # sum_k [id_k = e] is already 0 or 1
-        return a if is_bool(a) and is_const(b, 0) else negate(eq(a, b))
-    if op == "gt" and is_const(b, 0) and a.op == "sum" and distinct_slots(a) and is_bool(a.args[1]):
+        return a if is_const(b, 0) and _zero_or_one(a) else negate(eq(a, b))
+    if op == "gt" and is_const(b, 0) and _zero_or_one(a):
         return a
     if is_const(b) and (r := bounds(a)) and isinstance(r[1], int):
         c, lo, hi = b.args[0], r[0], r[1] - 1

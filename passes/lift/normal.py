@@ -45,6 +45,9 @@ def cheap_test(expr: Expr) -> None:
             raise Refused(describe_experts(sorted(have), n))
 
 
+PARTIAL = "the sum over experts is not over each"
+
+
 def describe_experts(have: list[int], n: int) -> str:
     missing = [e for e in range(n) if e not in have]
     twice = sorted({e for e in have if have.count(e) > 1})
@@ -52,7 +55,7 @@ def describe_experts(have: list[int], n: int) -> str:
         f"expert {', '.join(map(str, missing[:4]))} is missing" if missing else "",
         f"expert {twice[0]} counts twice" if twice else "",
     ]
-    return f"the sum over experts is not over each of 0..{n - 1} once: " + "; ".join(w for w in what if w)
+    return f"{PARTIAL} of 0..{n - 1} once: " + "; ".join(w for w in what if w)
 
 
 def peel(e: Expr) -> tuple[list[Var], Expr]:

@@ -15,6 +15,7 @@ from .sizes import prod, quotient
 from .value import Value
 
 NOTHING_SUMMED = "no sum over experts"
+NO_WEIGHT = "no expert weight is selected by an id"
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _selector(body: Expr, rows: list[Var]) -> Expr:
     """The one routing id by which parameters are selected."""
     ids = used_ids(body, rows)
     if len(ids) != 1:
-        raise Refused("experts are selected by several different ids" if ids else "no expert weight is selected by an id")
+        raise Refused("experts are selected by several different ids" if ids else NO_WEIGHT)
     return ids[0]
 
 

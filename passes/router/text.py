@@ -20,7 +20,9 @@ from .read import Router
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 SHORT = {"_softmax": "softmax", "_log_softmax": "log_softmax", "log_sigmoid_forward": "logsigmoid"}
 END = 2**63 - 1
+OVER_AXES = ("sum", "mean", "prod", "amax", "amin", "max", "min")  # over all of them without `dim`
 DEPTH, LONG = 8, 200
+SILENT = ("keepdim", "dtype", "half_to_float", "layout", "device", "pin_memory", "memory_format", "sorted", "size", "implicit")
 
 
 def describe(router: Router, weights: Node | None, names: dict[Node, str]) -> str:
@@ -117,5 +119,36 @@ def _call(a: Node, name: str, texts: list[str], ids: list[str]) -> str:
     if name == "_to_copy":
         return f"{_name(a.meta['val'].dtype)}({first})"
     if name == "topk":
-        return f"topk_{a.args[1]}({first})"
-    return f"{SHORT.get(name, name)}({', '.join([first, *texts[1:]])})"
+        called, shown = ("topk" if (*a.args, -1, True)[3] else "smallest") + f"_{a.args[1]}", _settings(a, skip=("k", "largest"))
+    else:
+        called, shown = SHORT.get(name, name), _settings(a)
+    return f"{called}({', '.join([first, *texts[1:], *shown])})"
+
+
+def _settings(a: Node, skip: tuple[str, ...] = ()) -> list[str]:
+    """What else an op is called with: numbers and axes that are neither the default nor the last axis, by name."""
+    schema = getattr(a.target, "_schema", None)
+    if schema is None:
+        return []
+    given = {argument.name: value for argument, value in zip(schema.arguments, a.args, strict=False)} | a.kwargs
+    usual = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    texts = []
+    for name, value in given.items():
+        if name in (*skip, *SILENT) or _holds_nodes(value) or value == usual.get(name, ...):
+            continue
+        if name == "dim" and _is_last(a, value):
+            continue
+        texts.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+    if op(a) in OVER_AXES and given.get("dim") in (None, []):
+        texts.append("all axes")
+    return texts
+
+
+def _holds_nodes(value: Any) -> bool:
+    return isinstance(value, Node) or (isinstance(value, list | tuple) and any(isinstance(v, Node) for v in value))
+
+
+def _is_last(a: Node, dim: Any) -> bool:
+    of = a.args[0].meta.get("val") if isinstance(a.args[0], Node) else None
+    axes = list(dim) if isinstance(dim, list | tuple) else [dim]
+    return axes == [-1] or (isinstance(of, torch.Tensor) and axes == [of.dim() - 1])
