@@ -66,8 +66,9 @@ class Layer(torch.nn.Module):
 
 
 def routing(layer: Layer, x: Any) -> tuple[Any, Any]:
-    """ids and renormalised weights [T, K]; every path starts with it."""
-    scores = F.linear(x, layer.router).softmax(-1, dtype=torch.float32)
+    """ids and renormalised weights [T, K], from float32 logits as the exact path must choose alike; every path starts with it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scores = F.linear(x.to(wide), layer.router.to(wide)).softmax(-1)
     weights, ids = scores.topk(layer.shape.top_k)
     return ids, (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
 

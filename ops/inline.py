@@ -21,12 +21,16 @@ from .infer import product_dtypes
 from .program import parse
 
 NAME = experts.COMBINED + "_inline"
-SCHEMA = f"{NAME}({experts.ARGS_WITHOUT_PROVIDER}, Tensor? combine_weights_TK, ScalarType? out_dtype) -> Tensor out_TO"
+SCHEMA = (
+    f"{NAME}({experts.ARGS_WITHOUT_PROVIDER}, Tensor? combine_weights_TK, ScalarType? out_dtype, Tensor tokens_N, Tensor places_N, "
+    "bool in_range) -> Tensor out_TO"
+)
 
 
 def _inline(*args: Any) -> Any:
-    call, out_dtype = prepare(*args)
-    slots = _Slots(call)
+    *stages, tokens, places, in_range = args
+    call, out_dtype = prepare(*stages)
+    slots = _Slots(call, tokens, places, in_range)
     layouts = args[7].split(",")  # weight_layout, an entry a weight
 
     def mm(index: int, rows: Any) -> Any:
@@ -80,39 +84,38 @@ def _aligned(matrix: Any) -> bool:
 
 
 class _Slots:
-    """Slots in sorted order: where each comes from, and where each has gone."""
+    """Slots in sorted order: which token's each is, and where each has gone (sort_slots of quantize_dispatch.py)."""
 
-    def __init__(self, call: experts.Call) -> None:
-        self.call = call
-        self.order = call.order
-        self.tokens = _divided(call.order, call.top_k)
-        places = torch.arange(call.order.shape[0], device=call.order.device)
-        self.inverse = torch.empty_like(call.order).scatter(0, call.order, places)
-        self.valid = (places < call.offsets[-1]).unsqueeze(-1) if call.offsets.shape[0] else torch.zeros_like(places, dtype=torch.bool)
-        self.places = places
+    def __init__(self, call: experts.Call, tokens: Any, places: Any, in_range: bool) -> None:
+        """in_range: every slot has an expert. Else the rows of those that have none are undefined and count as zero."""
+        self.call, self.order, self.tokens, self.places = call, call.order, tokens, places
+        self.valid = None
+        if not in_range:
+            has_experts = call.offsets.shape[0] > 0
+            self.valid = (self._positions() < (call.offsets[-1] if has_experts else 0)).unsqueeze(-1)
+
+    def _positions(self) -> Any:
+        return torch.arange(self.order.shape[0], dtype=torch.int32, device=self.order.device)
 
     def rows_of(self, x_TH: Any) -> Any:
-        return _Permute.apply(x_TH, self.tokens, self.inverse, self.valid, self.call.top_k)
+        return _Permute.apply(x_TH, self.tokens, self.places, self.valid, self.call.top_k)
 
     def take(self, by_slot_N1: Any) -> Any:
-        return _Permute.apply(by_slot_N1, self.order, self.inverse, self.valid, 1)
+        return _Permute.apply(by_slot_N1, self.order, self.places, self.valid, 1)
 
     def bias(self, j: int) -> Any:
         """Bias j of each row's expert; rows without one take the last expert's."""
         slot, tensors = self.call.biases.slots[j], self.call.biases.tensors
         stacked = tensors[slot.first] if slot.stacked else torch.stack(list(tensors[slot.first : slot.first + slot.num]))
-        expert = torch.searchsorted(self.call.offsets, self.places.to(torch.int32), right=True).clamp(max=stacked.shape[0] - 1)
+        expert = torch.searchsorted(self.call.offsets, self._positions(), right=True).clamp(max=stacked.shape[0] - 1)
         return _take(stacked, expert)
 
     def sum(self, y_NO: Any, weights_TK: Any, out_dtype: Any) -> Any:
-        return _Combine.apply(y_NO, weights_TK, self.tokens, self.order, self.inverse, self.valid, out_dtype, self.call.top_k)
+        return _Combine.apply(y_NO, weights_TK, self.tokens, self.order, self.places, self.valid, out_dtype, self.call.top_k)
 
 
-def _divided(slots: Any, top_k: int) -> Any:
-    """slots // top_k for slots in [0, 2**31), by a product and a shift: Inductor repeats it for every few elements of a row, where a
-    division would cost more than the row (4 ms of 28 for 16384 rows of 512)."""
-    bits = (top_k - 1).bit_length()
-    return slots if top_k == 1 else (slots * (-(-(1 << (31 + bits)) // top_k))) >> (31 + bits)
+def _defined(rows: Any, valid: Any) -> Any:
+    return rows if valid is None else torch.where(valid, rows, 0)
 
 
 def _take(source: Any, index: Any) -> Any:
@@ -124,15 +127,15 @@ class _Permute(torch.autograd.Function):
     """rows[n] = source[index[n]]; each row of the source is read top_k times."""
 
     @staticmethod
-    def forward(ctx: Any, source: Any, index: Any, inverse: Any, valid: Any, top_k: int) -> Any:
-        ctx.save_for_backward(inverse, valid)
+    def forward(ctx: Any, source: Any, index: Any, places: Any, valid: Any, top_k: int) -> Any:
+        ctx.save_for_backward(places, valid)
         ctx.top_k = top_k
         return _take(source, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
-        inverse, valid = ctx.saved_tensors
-        terms = _take(torch.where(valid, grad, 0), inverse)
+        places, valid = ctx.saved_tensors
+        terms = _take(_defined(grad, valid), places)
         if ctx.top_k > 1:
             wide = torch.promote_types(grad.dtype, torch.float32)
             terms = terms.view(-1, ctx.top_k, grad.shape[1]).to(wide).sum(1).to(grad.dtype)
@@ -140,30 +143,30 @@ class _Permute(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """out[t] = sum_k w[t, k] * y[inverse[t, k]]; slots without an expert count as zero rows."""
+    """out[t] = sum_k w[t, k] * y[places[t, k]]; slots without an expert count as zero rows."""
 
     @staticmethod
-    def forward(ctx: Any, y: Any, weights: Any, tokens: Any, order: Any, inverse: Any, valid: Any, out_dtype: Any, top_k: int) -> Any:
-        ctx.save_for_backward(y if weights is not None and ctx.needs_input_grad[1] else None, weights, tokens, order, inverse, valid)
+    def forward(ctx: Any, y: Any, weights: Any, tokens: Any, order: Any, places: Any, valid: Any, out_dtype: Any, top_k: int) -> Any:
+        ctx.save_for_backward(y if weights is not None and ctx.needs_input_grad[1] else None, weights, tokens, order, places, valid)
         ctx.dtype = y.dtype
         wide = combine.accumulate_dtype(y, weights)
-        terms = _take(torch.where(valid, y, 0), inverse).view(-1, top_k, y.shape[1]).to(wide)
+        terms = _take(_defined(y, valid), places).view(-1, top_k, y.shape[1]).to(wide)
         if weights is not None:
             terms = terms * weights.to(wide).unsqueeze(-1)
         return terms.sum(1).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
-        y, weights, tokens, order, inverse, valid = ctx.saved_tensors
+        y, weights, tokens, order, places, valid = ctx.saved_tensors
         wide = torch.promote_types(torch.promote_types(ctx.dtype, torch.float32), ctx.dtype if weights is None else weights.dtype)
         grad = _take(grad_TO.to(wide), tokens)
         dw = None
         if y is not None:
-            products = torch.where(valid, grad * y.to(wide), 0).sum(1)
-            dw = _take(products, inverse).view_as(weights).to(weights.dtype)
+            products = _defined(grad * y.to(wide), valid).sum(1)
+            dw = _take(products, places).view_as(weights).to(weights.dtype)
         if weights is not None:
             grad = grad * _take(weights.reshape(-1), order).to(wide).unsqueeze(-1)
-        return torch.where(valid, grad, 0).to(ctx.dtype), dw, *[None] * 6
+        return _defined(grad, valid).to(ctx.dtype), dw, *[None] * 6
 
 
 OP = register_composite(SCHEMA, _inline)
@@ -171,7 +174,7 @@ OP = register_composite(SCHEMA, _inline)
 
 # On a CPU, values [N, width] up to which fresh buffers for all rows cost less than blocks of rows: the C library takes larger ones
 # from the system in every call, at 2 us a page (benchmarks/notes.md).
-BUFFER_BYTES = 32 << 20
+BUFFER_BYTES = 24 << 20
 
 
 def _own(device: str) -> registry.Provider:

@@ -22,10 +22,13 @@ SCHEMA = (
 QUANT = ("none",)
 
 
-def counting_sort(ids_TK: Any, num_experts: int) -> tuple[Any, Any]:
-    """order int64 [N], offsets int32 [E]. Reads nothing back to the host, so it can be captured in a CUDA graph."""
+def counting_sort(ids_TK: Any, num_experts: int, in_range: bool = False) -> tuple[Any, Any]:
+    """order int64 [N], offsets int32 [E]. Reads nothing back to the host, so it can be captured in a CUDA graph.
+
+    in_range: no id is outside of [0, E).
+    """
     ids = ids_TK.reshape(-1)
-    keys = torch.where(ids < 0, num_experts, ids)  # ids >= E sort behind the experts by themselves
+    keys = ids if in_range else torch.where(ids < 0, num_experts, ids)  # ids >= E sort behind the experts by themselves
     sorted_keys, order = torch.sort(keys, stable=True)
     experts = torch.arange(num_experts, dtype=sorted_keys.dtype, device=ids.device)
     return order, torch.searchsorted(sorted_keys, experts, right=True, out_int32=True)
@@ -59,7 +62,28 @@ def _autograd(*args: Any) -> Any:
 
 
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
-INLINE_OP = register_composite(SCHEMA.replace(NAME, NAME + "_inline"), _kernel)  # for a provider that is torch code
+
+
+def _sort_kernel(ids_TK: Any, num_experts: int, in_range: bool) -> tuple[Any, Any, Any, Any]:
+    ids, top_k = ids_TK.reshape(-1), ids_TK.shape[1]
+    order, offsets = counting_sort(ids, num_experts, in_range)
+    tokens = order.div(top_k, rounding_mode="floor") if top_k else order.clone()
+    return order, offsets, tokens, torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))
+
+
+def _sort_fake(ids_TK: Any, num_experts: int, in_range: bool) -> tuple[Any, Any, Any, Any]:
+    def slots() -> Any:
+        return ids_TK.new_empty((ids_TK.shape[0] * ids_TK.shape[1],), dtype=torch.int64)
+
+    return slots(), ids_TK.new_empty((num_experts,), dtype=torch.int32), slots(), slots()
+
+
+# order and offsets as above; each sorted slot's token; each slot's place in order. in_range: every id is known to be in [0, E).
+SORT_SCHEMA = (
+    "sort_slots(Tensor ids_TK, int num_experts, bool in_range) -> (Tensor order_N, Tensor offsets_E, Tensor tokens_N, Tensor places_N)"
+)
+SORT_OP = register_op(SORT_SCHEMA, _sort_kernel, _sort_fake)
+INLINE_SORT_OP = register_composite(SORT_SCHEMA.replace("sort_slots", "sort_slots_inline"), _sort_kernel)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

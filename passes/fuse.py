@@ -9,6 +9,9 @@ is traced through (ops/_register.py): its provider is torch code anyway.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -33,9 +36,6 @@ def _replaced(gm: GraphModule, n: Node) -> bool:
     if n.target is ops.route.default and _routes_inline(n):
         n.target = route.INLINE_OP.overload
         return True
-    if n.target is ops.quantize_dispatch.default and n.args[-1] == "local":
-        n.target = quantize_dispatch.INLINE_OP.overload
-        return True
     if n.target is ops.combine.default and _fusible(n, n.args[0]):
         _fuse(gm, n, n.args[0])
         return True
@@ -44,16 +44,25 @@ def _replaced(gm: GraphModule, n: Node) -> bool:
 
 def _routes_inline(n: Node) -> bool:
     """On a CPU, Inductor repeats what made a weight for every few elements of the row that it weighs: fine for a short sum."""
-    logits, routing = tensor_of(n.args[0]), route.Routing(*n.args[2:])
-    if logits is not None and logits.device.type != "cpu":
+    routing = route.Routing(*n.args[2:])
+    if not _on_cpu(n.args[0]):
         return True
     values = (n.args[1] is None and routing.num_groups == 1) or routing.weights_from == "choice"  # of the top-k itself, no gather
     return values and (routing.normalize == "none" or routing.top_k <= 4)
 
 
+def _on_cpu(n: Node) -> bool:
+    t = tensor_of(n)
+    return t is None or t.device.type == "cpu"
+
+
 def _fusible(combine: Node, experts: Node) -> bool:
     """Rows that nobody else reads, on this rank, by a provider that does both stages at once; nothing is written in between."""
-    if combine.args[-1] != "local" or experts.target is not torch.ops.moe_compile.permute_experts_unpermute.default:
+    ops = torch.ops.moe_compile
+    if combine.args[-1] != "local" or experts.target is not ops.permute_experts_unpermute.default:
+        return False
+    dispatch = experts.args[1].args[0]
+    if dispatch.target is not ops.quantize_dispatch.default or experts.args[2].args[0] is not dispatch:
         return False
     return len(experts.users) == 1 and _target(experts) is not None and not _written_between(experts, combine)
 
@@ -75,10 +84,29 @@ def _written_between(first: Node, last: Node) -> bool:
 def _fuse(gm: GraphModule, combine: Node, experts: Node) -> None:
     _, topk_weights, _, out_dtype, _ = combine.args
     *inputs, provider = experts.args
-    rest = (topk_weights, out_dtype) if _target(experts) == inline.NAME else (topk_weights, out_dtype, provider)
+    rest: tuple[Any, ...] = (topk_weights, out_dtype, provider)
+    if _target(experts) == inline.NAME:
+        order, offsets, *places = _sorted(gm, experts)
+        inputs[1:3], rest = (order, offsets), (topk_weights, out_dtype, *places)
     with gm.graph.inserting_before(combine):
         fused = gm.graph.call_function(getattr(torch.ops.moe_compile, str(_target(experts))).default, (*inputs, *rest))
     fused.meta = dict(combine.meta)
     combine.replace_all_uses_with(fused)
-    gm.graph.erase_node(combine)
-    gm.graph.erase_node(experts)
+    dispatch = experts.args[1].args[0]
+    for n in (combine, experts, *dispatch.users, dispatch):
+        if not n.users:
+            gm.graph.erase_node(n)
+
+
+def _sorted(gm: GraphModule, experts: Node) -> tuple[Any, ...]:
+    """order, offsets, tokens, places and whether all ids are in range: more of the dispatch than the stages pass on.
+
+    On a CPU as one op: its small steps cost Inductor more to compile than it saves. On a GPU each is a launch.
+    """
+    dispatch = experts.args[1].args[0]
+    _, ids, num_experts, *_ = dispatch.args
+    in_range = bool(dispatch.meta.get("ids_in_range"))
+    with gm.graph.inserting_before(dispatch):
+        op = quantize_dispatch.SORT_OP if _on_cpu(experts.args[4][0]) else quantize_dispatch.INLINE_SORT_OP
+        found = gm.graph.call_function(op.overload, (ids, num_experts, in_range))
+        return (*[gm.graph.call_function(operator.getitem, (found, i)) for i in range(4)], in_range)

@@ -18,6 +18,7 @@ from .emit import Emitter, size_argument
 from .lift import Refused
 from .lift.algebra import add
 from .lift.expr import Expr
+from .lift.index import bounds
 from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
 from .region import MoERegion
@@ -106,6 +107,7 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     weights = [_frozen_list(em, f"mm{j}", *em.parameter(p, "eio")) for j, p in enumerate(f.weights)]
     biases = [_frozen_list(em, f"b{j}", *em.parameter(p, "eo")) for j, p in enumerate(f.biases)]
     sent = em.call(ops.quantize_dispatch.default, x_TH, ids_TK, f.num_experts, quant, providers["comm"])
+    sent.meta["ids_in_range"] = _in_range(f.ids, f.num_experts)
     order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
     y_TKO = em.call(
         ops.permute_experts_unpermute.default, x_TH, order, offsets, _slots(em, inner_TK, f.inner), _flat(weights), _flat(biases),
@@ -120,6 +122,12 @@ def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
     if off is not None:
         em.call(torch.amp.autocast_mode._exit_autocast, off)
     return _as_root(em, out)
+
+
+def _in_range(ids: Expr, num_experts: int) -> bool:
+    """Is every id known to be an expert's?"""
+    known = bounds(ids)
+    return known is not None and known[0] >= 0 and isinstance(known[1], int) and known[1] <= num_experts
 
 
 def _frozen(em: Emitter, name: str, n: Node) -> Node:

@@ -11,6 +11,7 @@ import torch
 from corpus.harness import error
 from corpus.hf_zoo import build as build_zoo
 from corpus.variants import VARIANTS
+from torch._dynamo.backends.common import aot_autograd
 
 import moe_compile
 
@@ -101,3 +102,36 @@ def test_transformers_model_compiles_once_for_all_sequence_lengths():
     assert counter.graphs == 1
     assert len(report.rewritten) == 1
     assert not report.refused
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(("name", "training"), [("stack_gather", True), ("functional_grouped_mm", False)])
+def test_one_compile_through_inductor(name: str, training: bool) -> None:
+    torch._dynamo.reset()
+    module, report = VARIANTS[name].build(), moe_compile.RewriteReport()
+    compiled = moe_compile.compile(module, report=report, dynamic=True)
+    for count in COUNTS:
+        x = tokens(name, count).requires_grad_(training)
+        out = compiled(x)
+        assert error(out.detach(), module(x).detach()) < (2e-2 if x.dtype is torch.bfloat16 else 1e-5), count
+        if training:
+            out.sum().backward()
+    assert [r.providers["experts"] for r in report.regions] == ["inline"]
+
+
+def test_what_inductor_traces_through_keeps_the_token_count_open() -> None:
+    """On a GPU the dispatch is traced through as well, which no CPU run sees."""
+    ops, graphs = torch.ops.moe_compile, Counter()
+
+    def layer(x: torch.Tensor, logits: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        weights, ids = ops.route_inline(logits, None, 2, "softmax", "sum", 0.0, "add", 1.0, 1, 1, "max", 0.0, None, None, True, "scores")
+        order, offsets, *places = ops.sort_slots_inline(ids, 4, False)
+        program = ("mm(1, silu(mm(0, x)))", "eio,eio", "", 2)
+        return ops.permute_experts_combine_inline(x, order, offsets, None, [up, down], [], *program, weights, None, *places, False)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=graphs), dynamic=True, fullgraph=True)
+    up, down = torch.randn(4, 8, 6), torch.randn(4, 6, 8)
+    for count in COUNTS:
+        x, logits = torch.randn(count, 8, requires_grad=True), torch.randn(count, 4)
+        torch.testing.assert_close(compiled(x, logits, up, down), layer(x, logits, up, down))
+    assert graphs.graphs == 2  # forward and backward

@@ -23,21 +23,30 @@ def rewritten():
 def fused(gm):
     fuse(gm)
     gm.graph.lint()
-    return calls(gm, *STAGES, *[f"{stage}_inline" for stage in (*STAGES, FUSED)], FUSED)
+    return calls(gm, *STAGES, "sort_slots", "route_inline", f"{FUSED}_inline", FUSED)
 
 
 def test_stages_become_what_inductor_can_fuse_with_the_same_result():
     gm = rewritten()
     inputs = [torch.randn(n.meta["example_value"].shape) for n in gm.graph.nodes if n.op == "placeholder"]
     expected = gm(*inputs)
-    assert fused(gm) == ["route_inline", "quantize_dispatch_inline", FUSED]
+    assert fused(gm) == ["route_inline", "quantize_dispatch", FUSED]
     torch.testing.assert_close(gm(*inputs), expected)
 
 
 def test_a_provider_that_is_torch_code_is_traced_through():
     gm = rewritten()
     provided_by(gm, "inline")
-    assert fused(gm)[-1] == f"{FUSED}_inline"
+    assert fused(gm) == ["route_inline", "sort_slots", f"{FUSED}_inline"]
+    assert node(gm, "sort_slots").args[-1] is True  # ids of a top-k over all experts are in range
+
+
+def test_ids_that_may_be_no_experts_are_said_to_be():
+    gm = rewritten()
+    provided_by(gm, "inline")
+    del node(gm, "quantize_dispatch").meta["ids_in_range"]
+    fused(gm)
+    assert node(gm, "sort_slots").args[-1] is False
 
 
 def provided_by(gm, name):

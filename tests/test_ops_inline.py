@@ -15,6 +15,14 @@ from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.registry import Problem
 
 
+def inlined_op(ids: torch.Tensor, *args: Any) -> Any:
+    experts = args[2].shape[0]
+    in_range = bool(((ids >= 0) & (ids < experts)).all())
+    order, offsets, tokens, places = quantize_dispatch.SORT_OP.overload(ids, experts, in_range)
+    assert torch.equal(order, args[1])
+    return inline.OP.overload(args[0], order, offsets, *args[3:], tokens, places, in_range)
+
+
 def _twice(case: str, ids: torch.Tensor, weighted: bool, seed: int = 0) -> tuple[Any, Any]:
     found = []
     for inlined in (True, False):
@@ -22,7 +30,7 @@ def _twice(case: str, ids: torch.Tensor, weighted: bool, seed: int = 0) -> tuple
         weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) if weighted else None
         *own, weights = with_grad([*args, weights])
         if inlined:
-            out = inline.OP.overload(*own, weights, None)
+            out = inlined_op(ids, *own, weights, None)
         else:
             y = slot_loop(CASES[case], own, ids)
             out = (y if weights is None else y * weights.unsqueeze(-1)).sum(1)
@@ -62,19 +70,13 @@ def test_half_precision_is_within_its_rounding_of_float64(dtype: Any, layouts: s
         first, second = (up.mT, down.mT) if "oi" in layouts else (up, down)
         params = [first.contiguous(), second.contiguous()]
         params = [each for one in params for each in one.unbind(0)] if "*" in layouts else params
-        out = inline.OP.overload(x, order, offsets, None, params, [], program, layouts, "", 2, weights, x.dtype)
+        out = inlined_op(ids, x, order, offsets, None, params, [], program, layouts, "", 2, weights, x.dtype)
         return [out.detach(), *torch.autograd.grad(out.square().sum(), (x, up, down, weights))]
 
     for actual, expected in zip(run(x, up, down, weights), run(*(each.double() for each in (x, up, down, weights))), strict=True):
         assert not actual.isnan().any()
         error = (actual.double() - expected).abs().max() / expected.abs().max()
         assert error < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-
-
-def test_slots_divide_without_a_division() -> None:
-    for top_k in (1, 2, 3, 5, 6, 7, 8, 10, 64, 100, 257):
-        slots = torch.cat([torch.arange(4000), torch.arange(2**31 - 4000, 2**31), torch.arange(1, 4000) * top_k - 1])
-        assert torch.equal(inline._divided(slots, top_k), slots // top_k)
 
 
 # ---------------------------------------------------------------- grouped_mm
@@ -123,9 +125,14 @@ def test_inline_router_is_the_op(args: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("args", quantize_dispatch.sample_inputs())
-def test_inline_dispatch_is_the_op(args: tuple[Any, ...]) -> None:
-    expected = quantize_dispatch.OP.overload(*args, "local")
-    torch.testing.assert_close(quantize_dispatch.INLINE_OP.overload(*args, "local")[2:4], expected[2:4])
+def test_sorted_slots_are_those_of_the_dispatch(args: tuple[Any, ...]) -> None:
+    _, ids, experts, _ = args
+    torch.library.opcheck(quantize_dispatch.SORT_OP.overload, (ids, experts, False))
+    order, offsets, tokens, places = quantize_dispatch.SORT_OP.overload(ids, experts, False)
+    torch.testing.assert_close(quantize_dispatch.INLINE_SORT_OP.overload(ids, experts, False), (order, offsets, tokens, places))
+    torch.testing.assert_close((order, offsets), quantize_dispatch.OP.overload(*args, "local")[2:4])
+    assert torch.equal(tokens, order // ids.shape[1])
+    assert torch.equal(order[places], torch.arange(len(order)))
 
 
 # ---------------------------------------------------------------- what the provider says

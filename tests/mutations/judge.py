@@ -97,7 +97,7 @@ def _nearest_to_itself(subject: Subject, routing: str, x: Tensor, got: Seen, wan
     original = subject.build(mutated=False)
     set_routing(original, routing)
     away = distance(observe(original, original, x, grad=True), want)
-    return distance(got, want) <= max(0.5 * away, 1e-7) or away < 1e-7
+    return away < subject.tolerance / 2 or distance(got, want) <= 0.5 * away
 
 
 __all__ = ["GRADIENT_ONLY", "Verdict", "judge"]
