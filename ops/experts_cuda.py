@@ -176,10 +176,11 @@ def supports(problem: registry.Problem) -> str | None:
     for name, size in (("hidden", problem.hidden), ("intermediate", problem.intermediate)):
         if size * torch.bfloat16.itemsize % ALIGNMENT:
             return f"grouped_mm needs rows of a multiple of {ALIGNMENT} bytes, {name} size {size} is not a multiple of 8"
-    return _supports_device(problem.device)
+    return supports_device(problem.device)
 
 
-def _supports_device(device: str) -> str | None:
+def supports_device(device: str) -> str | None:
+    """None if torch's grouped_mm runs on a CUDA device, else why not."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
     major, minor = torch.cuda.get_device_capability(device)

@@ -68,12 +68,16 @@ def _split(call: experts.Call, whole: int, value: Any) -> dict[int, Any]:
 def _product(call: experts.Call, j: int, layout: str, rows: Any) -> Any:
     slot = call.weights.slots[j]
     tensors = list(call.weights.tensors[slot.first : slot.first + slot.num])
-    if rows.dtype == torch.bfloat16 and (call.x.is_cuda or (slot.stacked and tensors[0].dtype == rows.dtype)):
+    if rows.dtype == torch.bfloat16 and (_on_able_gpu(rows) or (slot.stacked and tensors[0].dtype == rows.dtype and not rows.is_cuda)):
         whole = (tensors[0] if slot.stacked else torch.stack(tensors)).to(rows.dtype)
         whole = whole.transpose(1, 2) if slot.axes == "oi" else whole
-        if _aligned(rows) and _aligned(whole):
+        if _aligned(rows) and _aligned(whole) and whole.shape[2] % 8 == 0:  # the last for the backward's product
             return torch._grouped_mm(rows, whole, offs=call.offsets)
     return grouped.differentiable(rows, call.offsets, tensors, layout)
+
+
+def _on_able_gpu(rows: Any) -> bool:
+    return bool(rows.is_cuda and experts_cuda.supports_device(str(rows.device)) is None)
 
 
 def _aligned(matrix: Any) -> bool:
@@ -192,6 +196,8 @@ def cost(problem: registry.Problem) -> float:
 def supports(problem: registry.Problem) -> str | None:
     if problem.compiler != "inductor":
         return f"inline is torch code for Inductor, the inner compiler is {problem.compiler or 'another'}"
+    if problem.tokens == 0:
+        return "inline leaves a graph of 0 tokens to others, as Inductor writes kernels that it cannot compile"
     if problem.format != "standard":
         return f"inline takes standard rows, format is {problem.format!r}"
     if problem.training and parse(problem.program).num_biases:
@@ -207,12 +213,18 @@ def _kernel_of(op: str) -> Any:
     """The kernel of the device's own provider, or the reference where that does not multiply the call's dtypes."""
 
     def kernel(call: experts.Call, *rest: Any) -> Any:
-        w_dtype = torch.float32 if call.topk_weights is None else call.topk_weights.dtype
-        narrow = all(dtype == torch.bfloat16 for dtype in product_dtypes(call.program, call.x.dtype, w_dtype))
-        own = "cpu_grouped" if call.x.device.type == "cpu" else "cuda_grouped_mm" if narrow else "reference"
+        own = "cpu_grouped" if call.x.device.type == "cpu" else "cuda_grouped_mm" if _grouped_on_gpu(call) else "reference"
         return registry.kernel("experts", own, op)(call, *rest)
 
     return kernel
+
+
+def _grouped_on_gpu(call: experts.Call) -> bool:
+    """Whether torch's grouped_mm takes every product of the program."""
+    w_dtype = torch.float32 if call.topk_weights is None else call.topk_weights.dtype
+    narrow = all(dtype == torch.bfloat16 for dtype in product_dtypes(call.program, call.x.dtype, w_dtype))
+    widths = [width for j in range(len(call.weights.slots)) for width in call.weights.fan(j)]
+    return narrow and all(width % 8 == 0 for width in widths) and _on_able_gpu(call.x)
 
 
 PROVIDER = registry.register(

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from moe_compile.ops import experts_combine, inline, quantize_dispatch, registry, route
 
 from .decisions import tensor_of, writes_in_place
+from .lift.sizes import shape_of
 
 
 def fuse(gm: GraphModule) -> int:
@@ -44,7 +45,9 @@ def _replaced(gm: GraphModule, n: Node) -> bool:
 
 def _routes_inline(n: Node) -> bool:
     """On a CPU, Inductor repeats what made a weight for every few elements of the row that it weighs: fine for a short sum."""
-    routing = route.Routing(*n.args[2:])
+    logits, routing = tensor_of(n.args[0]), route.Routing(*n.args[2:])
+    if logits is not None and any(size == 0 for size in shape_of(logits)):
+        return False  # nothing to fuse
     if not _on_cpu(n.args[0]):
         return True
     values = (n.args[1] is None and routing.num_groups == 1) or routing.weights_from == "choice"  # of the top-k itself, no gather

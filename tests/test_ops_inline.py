@@ -147,6 +147,7 @@ def test_provider_wants_inductor_and_on_a_cpu_few_enough_rows() -> None:
     assert "the inner compiler is eager" in str(inline.supports(_problem(compiler="eager")))
     assert "need 64" in str(inline.supports(_problem(tokens=1 << 17)))
     assert inline.supports(_problem(tokens=1 << 17, device="cuda")) is None
+    assert "0 tokens" in str(inline.supports(_problem(tokens=0)))
     biased = "mm(0, x) + b(0)"
     assert inline.supports(_problem(program=biased)) is None
     assert "biases" in str(inline.supports(_problem(program=biased, training=True)))
