@@ -48,6 +48,21 @@ class Block(nn.Module):
         return self.loop(x, *self.route(x))
 
 
+class ReadBeforeWrite(Block):
+    """Gathers the experts' rows of h, changes h in place, then runs the experts; returns (out, h)."""
+
+    def forward(self, x: Tensor) -> Any:
+        w, ids = self.route(x)
+        h = x.cumprod(-1)
+        at = [torch.where(ids == e) for e in range(E)]
+        rows = [h[tok] for tok, _ in at]
+        h.add_(1)
+        out = torch.zeros_like(x)
+        for e, (tok, slot) in enumerate(at):
+            out.index_add_(0, tok, self.expert(rows[e], e) * w[tok, slot, None])
+        return out, h
+
+
 class Dense(Block):
     """The same with every expert on every token and the weights scattered to [T, E]: fewer nodes, no data-dependent shape."""
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks import Block, E, K, T, block, graph_of, node, tokens
+from blocks import Block, E, K, ReadBeforeWrite, T, block, graph_of, node, tokens
 from torch.fx import Graph
 
 from moe_compile.passes.decisions import callee, decisions
@@ -113,19 +113,7 @@ def test_a_write_to_something_that_nobody_sees_goes():
 @pytest.mark.parametrize("read", [False, True])
 def test_a_write_to_something_seen_outside_stays(read):
     """Also if the new code reads the value from before."""
-
-    def forward(self, x):
-        w, ids = self.route(x)
-        h = x.cumprod(-1)
-        at = [torch.where(ids == e) for e in range(E)]
-        rows = [h[tok] for tok, _ in at]
-        h.add_(1)
-        out = torch.zeros_like(x)
-        for e, (tok, slot) in enumerate(at):
-            out.index_add_(0, tok, self.expert(rows[e], e) * w[tok, slot, None])
-        return out, h
-
-    with region_of(block(forward), tokens()) as (gm, region):
+    with region_of(ReadBeforeWrite(), tokens()) as (gm, region):
         h = node(gm, "cumprod")
         gone = removed(region, *([h] if read else []))
         assert h not in gone
