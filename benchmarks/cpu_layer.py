@@ -78,7 +78,7 @@ def ours(layer: Layer, x: Any) -> Any:
     ids, weights = routing(layer, x)
     program = f"mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {2 * i}, 1))"
     ops = torch.ops.moe_compile
-    _, _, order, offsets, _ = ops.quantize_dispatch(x, ids, e, "none", "local")
+    _, _, order, offsets, _, _ = ops.quantize_dispatch(x, ids, e, "none", "local")
     params = [layer.gate_up_proj, layer.down_proj]
     return ops.permute_experts_combine(x, order, offsets, None, params, [], program, "eoi,eoi", "", k, weights, x.dtype, "cpu_grouped")
 

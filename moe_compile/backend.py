@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from moe_compile import inner
 from moe_compile.capture import NothingRewritten, data_dependent, flags_active
+from moe_compile.errors import ParallelError
 from moe_compile.logs import artifact, log, tlparse_listens, warn_once
 from moe_compile.options import Options, split_report
 from moe_compile.report import GraphReport, RewriteReport
@@ -52,7 +54,7 @@ class Backend:
         patient: bool = False,
         name: str | None = None,
     ) -> None:
-        self.options = options
+        self.options = _checked_over_ranks(options)
         self.report = report
         self.patient = patient
         self.name = name
@@ -85,7 +87,7 @@ class Backend:
         drawing = _Drawing(gm, wanted=self.report is not None or tlparse_listens())
         try:
             report = passes.run(gm, self.options)
-        except RestartAnalysis:  # how AOTAutograd and fake tensors ask Dynamo to trace the frame once more
+        except (RestartAnalysis, ParallelError):  # the first: how AOTAutograd and fake tensors ask Dynamo to trace the frame once more
             raise
         except Exception as error:  # noqa: BLE001  a defect of ours must never cost the user the model
             original.restore()
@@ -104,6 +106,11 @@ class Backend:
         except Exception as error:
             if not any(region.rewritten for region in report.regions):
                 raise
+            if any(region.ranks for region in report.regions):
+                raise ParallelError(
+                    f"compiling the rewritten graph failed with {_text(error)}, and the graph as it was cannot run beside ranks that "
+                    "exchange tokens"
+                ) from error
             warn_once(f"compiling the rewritten graph failed with {_text(error)}. {_PLEASE_REPORT}", details=error)
             for region in report.regions:
                 region.rewritten, region.reason = False, f"the inner compiler failed on the rewrite with {_text(error)}"
@@ -137,6 +144,15 @@ class Backend:
     def get_compiler_config(self) -> Any:
         """The inner compiler's configuration; torch.compile's wrappers expose it under this name."""
         return inner.compiler_config(self.options)
+
+
+def _checked_over_ranks(options: Options) -> Options:
+    """The options with a ParallelConfig that all ranks have compared (the first time: a collective call)."""
+    if options.parallel is None or options.parallel.single_process:
+        return options
+    from moe_compile.groups import validate
+
+    return dataclasses.replace(options, parallel=validate(options.parallel))
 
 
 _PLEASE_REPORT = 'The model runs as it was; please report this, with the traceback that TORCH_LOGS="+moe_compile" shows'

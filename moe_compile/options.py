@@ -89,12 +89,6 @@ def _check_parallel(parallel: Any) -> None:
         return
     if not isinstance(parallel, ParallelConfig):
         raise TypeError(f"parallel is {type(parallel).__name__}; give a moe_compile.ParallelConfig or None")
-    if not parallel.single_process:
-        sizes = f"ep={parallel.ep}, tp={parallel.tp}, dp={parallel.dp}"
-        raise ValueError(
-            f"ParallelConfig({sizes}) spans several ranks; this version rewrites for one process only "
-            "(ep = tp = dp = 1). Compile without `parallel`, and parallelise outside of the MoE blocks."
-        )
 
 
 def _check_inductor_keys(options: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ class RegionReport:
     formula: the recovered formula; router: the recovered routing, None if it has a form that is not known.
     providers: each stage's provider ("route" only where the op stands for the user's router).
     losers: stage -> provider -> why it was not chosen.
+    ranks: how experts and tokens lie over ranks, None on one rank.
     validation: what was executed to check the rewrite, with the largest error. seconds: spent on this region.
     """
 
@@ -31,6 +32,7 @@ class RegionReport:
     providers: dict[str, str] = dataclasses.field(default_factory=dict)
     losers: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     validation: str | None = None
+    ranks: str | None = None
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
@@ -46,6 +48,7 @@ class RegionReport:
             ("formula", self.formula),
             ("router", self.router),
             ("validation", self.validation),
+            ("ranks", self.ranks),
             ("nodes", f"{self.nodes_before} -> {self.nodes_after}" if self.rewritten else None),
         ]
         lines = [f"  {name:10s} {text}" for name, text in rows if text]

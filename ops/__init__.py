@@ -4,7 +4,7 @@
 
 Shapes carry suffixes: T tokens, K top-k slots, E experts, H hidden, I intermediate, O output width, N = T*K slots, R rows.
 Files: one a stage (route, quantize_dispatch, experts, combine); program, functions, infer, evaluate: the expert's
-function as text; layout: parameters in place; registry: providers; experts_* and comm_*: one provider each.
+function as text; layout: parameters in place; registry: providers; experts_* and comm/: one provider each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import (
     combine,
-    comm_local,
+    expert_shard,
     experts,
     experts_combine,
     experts_cpu,
@@ -26,6 +26,7 @@ from . import (
     registry,
     route,
 )
+from .comm import allgather, alltoall, local, payload, tokens
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
@@ -45,8 +46,10 @@ __all__ = [
     "Problem",
     "Program",
     "Provider",
+    "allgather",
+    "alltoall",
     "combine",
-    "comm_local",
+    "expert_shard",
     "experts",
     "experts_combine",
     "experts_cpu",
@@ -54,11 +57,14 @@ __all__ = [
     "experts_reference",
     "grouped",
     "inline",
+    "local",
     "parse",
+    "payload",
     "providers",
     "quantize_dispatch",
     "register",
     "registry",
     "route",
     "source_hash",
+    "tokens",
 ]

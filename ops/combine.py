@@ -1,6 +1,10 @@
 """Stage op combine: each token's weighted sum over its K slots, accumulated in float32 (float64 for float64).
 
 out[t] = sum_k w[t, k] * y[t, k]          (w = 1 without topk_weights)
+
+Over ranks (`parallel` is a setup text, comm/setup.py) y is [R, O], a row for each that the dispatch gave, with this rank's slots summed
+already (permute_experts_combine), and out[t] is the sum over ranks. In the batched format y has a row for each slot, and the weights are
+applied here.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ import torch
 from . import registry
 from ._register import below_autograd, register_op
 from .bags import dtype_of_sum, starts, sum_rows
+from .comm import exchange
 
 NAME = "combine"
-SCHEMA = f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider) -> Tensor"
+SCHEMA = f"{NAME}(Tensor y_TKO, Tensor? topk_weights_TK, Tensor[] handle, ScalarType? out_dtype, str provider, str parallel='') -> Tensor"
+BACKWARD_SCHEMA = f"{NAME}_backward(Tensor grad_TO, Tensor[] handle, str provider, str parallel) -> Tensor"
 _CHUNK = 1 << 17  # elements of y handled at once on a CPU: 512 KiB in float32
 TOLERANCE = {
     torch.float64: (1e-12, 1e-12),
@@ -65,7 +71,10 @@ def _local_cpu(y_TKO: Any, topk_weights_TK: Any, out_dtype: Any) -> Any:
     return out_TO
 
 
-def _kernel(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str) -> Any:
+def _kernel(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str, parallel: str = "") -> Any:
+    if parallel:
+        own = exchange.exchange_of(provider, parallel, y_TKO.device)
+        return own.collect(y_TKO, handle, result_dtype(y_TKO, topk_weights_TK, out_dtype), topk_weights_TK)
     if y_TKO.dim() != 3 or (topk_weights_TK is not None and topk_weights_TK.shape != y_TKO.shape[:2]):
         given = None if topk_weights_TK is None else tuple(topk_weights_TK.shape)
         raise ValueError(f"y must be [T, K, O] and topk_weights [T, K], got {tuple(y_TKO.shape)} and {given}")
@@ -73,9 +82,35 @@ def _kernel(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any,
     return registry.kernel("comm", provider, NAME)(y_TKO, topk_weights_TK, handle, out_dtype)
 
 
-def _fake(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str) -> Any:
-    shape = (y_TKO.shape[0], y_TKO.shape[2])
+def _fake(y_TKO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: Any, provider: str, parallel: str = "") -> Any:
+    shape = (handle[0].shape[0], y_TKO.shape[1]) if parallel else (y_TKO.shape[0], y_TKO.shape[2])
     return y_TKO.new_empty(shape, dtype=result_dtype(y_TKO, topk_weights_TK, out_dtype))
+
+
+def _backward_kernel(grad_TO: Any, handle: list[Any], provider: str, parallel: str) -> Any:
+    return exchange.exchange_of(provider, parallel, grad_TO.device).send(grad_TO, handle)
+
+
+def _backward_fake(grad_TO: Any, handle: list[Any], provider: str, parallel: str) -> Any:
+    return grad_TO.new_empty((handle[1].shape[0], grad_TO.shape[1]))
+
+
+class _OverRanks(torch.autograd.Function):
+    """The gradient of a row is that of its token."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Any, out_dtype: Any, provider: str, parallel: str, *handle: Any) -> Any:
+        with below_autograd():
+            out = OP.overload(y, None, list(handle), out_dtype, provider, parallel)
+        ctx.save_for_backward(*handle)
+        ctx.names, ctx.dtype = (provider, parallel), y.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_TO: Any) -> tuple[Any, ...]:
+        with below_autograd():
+            dy = BACKWARD_OP.overload(grad_TO.to(ctx.dtype), list(ctx.saved_tensors), *ctx.names)
+        return dy, None, None, None, *[None] * len(ctx.saved_tensors)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -103,15 +138,19 @@ class _Differentiable(torch.autograd.Function):
         return dy, dw, None, None, None
 
 
-def _autograd(*args: Any) -> Any:
-    y, topk_weights = args[:2]
+def _autograd(y: Any, topk_weights: Any, handle: list[Any], out_dtype: Any, provider: str, parallel: str = "") -> Any:
     if torch.is_grad_enabled() and (y.requires_grad or (topk_weights is not None and topk_weights.requires_grad)):
-        return _Differentiable.apply(*args)
+        if not parallel:
+            return _Differentiable.apply(y, topk_weights, handle, out_dtype, provider)
+        if topk_weights is not None:
+            raise ValueError(f"provider {provider!r} weights rows in its combine, which has no gradient; train with a standard one")
+        return _OverRanks.apply(y, out_dtype, provider, parallel, *handle)
     with below_autograd():
-        return OP.overload(*args)
+        return OP.overload(y, topk_weights, handle, out_dtype, provider, parallel)
 
 
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -196,6 +196,8 @@ def cost(problem: registry.Problem) -> float:
 def supports(problem: registry.Problem) -> str | None:
     if problem.compiler != "inductor":
         return f"inline is torch code for Inductor, the inner compiler is {problem.compiler or 'another'}"
+    if problem.world > 1:
+        return f"inline is fused with a sum on the same rank, world is {problem.world}"
     if problem.tokens == 0:
         return "inline leaves a graph of 0 tokens to others, as Inductor writes kernels that it cannot compile"
     if problem.format != "standard":

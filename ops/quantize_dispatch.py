@@ -2,24 +2,34 @@
 
 order    slot numbers n = t*K + k sorted stably by expert; slots whose id is not in [0, E) come last
 offsets  end of each expert's run in order, the `offs` of torch's grouped_mm
+
+Over ranks (`parallel` is a setup text, comm/setup.py) the rows are those that this rank received, R of them, and order, offsets and
+weights_RK speak of their R*K slots and of the experts of this rank. Gradients of rows and weights_RK travel back as they came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import registry
 from ._register import below_autograd, register_composite, register_op
+from .comm import exchange
+from .comm.setup import Setup, local_range
+from .sizes import dynamic_size
 
 NAME = "quantize_dispatch"
 SCHEMA = (
-    f"{NAME}(Tensor x_TH, Tensor ids_TK, int num_experts, str quant, str provider) -> "
-    "(Tensor rows, Tensor scales, Tensor order, Tensor offsets, Tensor[] handle)"
+    f"{NAME}(Tensor x_TH, Tensor ids_TK, int num_experts, str quant, str provider, Tensor[]? weights_TK=None, str parallel='') -> "
+    "(Tensor rows, Tensor scales, Tensor order, Tensor offsets, Tensor[] handle, Tensor[] weights_RK)"
 )
-QUANT = ("none",)
+BACKWARD_SCHEMA = (
+    f"{NAME}_backward(Tensor? grad_RH, Tensor?[] grads_RK, Tensor[] handle, str provider, str parallel, ScalarType dtype) -> "
+    "(Tensor dx_TH, Tensor[] dweights_TK)"
+)
+QUANT = ("none", "fp8")
 
 
 def counting_sort(ids_TK: Any, num_experts: int, in_range: bool = False) -> tuple[Any, Any]:
@@ -34,34 +44,111 @@ def counting_sort(ids_TK: Any, num_experts: int, in_range: bool = False) -> tupl
     return order, torch.searchsorted(sorted_keys, experts, right=True, out_int32=True)
 
 
-def local(x_TH: Any, ids_TK: Any, num_experts: int, quant: str) -> tuple[Any, Any, Any, Any, list[Any]]:
+def local(x_TH: Any, ids_TK: Any, num_experts: int, quant: str) -> tuple[Any, ...]:
     """Provider "local": the experts read x itself, so rows and scales have no rows, and there is no handle."""
+    if quant != "none":
+        raise ValueError(f"provider 'local' moves no rows and quantises none, quant is {quant!r}; use quant='none'")
     order, offsets = counting_sort(ids_TK, num_experts)
-    return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, []
+    return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, [], []
 
 
-def _kernel(x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str) -> Any:
+def _kernel(
+    x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str, weights: Sequence[Any] | None = None, parallel: str = ""
+) -> tuple[Any, ...]:
     if quant not in QUANT:
         raise ValueError(f"quant {quant!r} is not supported; supported: {', '.join(QUANT)}")
     if ids_TK.dim() != 2 or ids_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64 [T, K], got {ids_TK.dtype} {tuple(ids_TK.shape)}")
-    return registry.kernel("comm", provider, NAME)(x_TH, ids_TK, num_experts, quant)
+    if not parallel:
+        found: tuple[Any, ...] = registry.kernel("comm", provider, NAME)(x_TH, ids_TK, num_experts, quant)
+        return found
+    return _over_ranks(x_TH, ids_TK, list(weights or ()), exchange.exchange_of(provider, parallel, x_TH.device))
 
 
-def _fake(x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str) -> Any:
-    slots = ids_TK.shape[0] * ids_TK.shape[1]
-    order = ids_TK.new_empty((slots,), dtype=torch.int64)
+def _over_ranks(x_TH: Any, ids_TK: Any, weights: list[Any], own: Any) -> tuple[Any, ...]:
+    got = own.dispatch(x_TH, ids_TK, weights)
+    first, end = local_range(own.setup.num_experts, own.world, own.rank)
+    order, offsets = counting_sort(got.ids, end - first)
+    return got.rows, got.scales, order, offsets, got.handle, got.weights
+
+
+def _fake(
+    x_TH: Any, ids_TK: Any, num_experts: int, quant: str, provider: str, weights: Sequence[Any] | None = None, parallel: str = ""
+) -> tuple[Any, ...]:
+    if parallel:
+        return _fake_over_ranks(x_TH, ids_TK, weights, provider, Setup.parse(parallel))
+    order = ids_TK.new_empty((ids_TK.shape[0] * ids_TK.shape[1],), dtype=torch.int64)
     offsets = ids_TK.new_empty((num_experts,), dtype=torch.int32)
-    return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, []
+    return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, [], []
 
 
-def _autograd(*args: Any) -> Any:
+def _fake_over_ranks(x_TH: Any, ids_TK: Any, weights: Sequence[Any] | None, provider: str, setup: Setup) -> tuple[Any, ...]:
+    kernels = registry.get("comm", provider).kernels
+    count = kernels[exchange.RECEIVED](x_TH.shape[0], setup)
+    rows = dynamic_size(x_TH) if count is None else count
+    slots = kernels[exchange.SLOTS](setup) if exchange.SLOTS in kernels else ids_TK.shape[1]
+    first, end = local_range(setup.num_experts, setup.world, torch.distributed.get_rank(setup.process_group))
+    fp8 = setup.quant == "fp8"
+    return (
+        x_TH.new_empty((rows, x_TH.shape[1]), dtype=torch.float8_e4m3fn if fp8 else x_TH.dtype),
+        x_TH.new_empty((rows, -(-x_TH.shape[1] // exchange.SCALE_BLOCK)) if fp8 else (0,), dtype=torch.float32),
+        ids_TK.new_empty((rows * slots,), dtype=torch.int64),
+        ids_TK.new_empty((end - first,), dtype=torch.int32),
+        kernels[exchange.HANDLE](x_TH, ids_TK, rows, setup),
+        [w.new_empty((rows, slots)) for w in weights or ()] if exchange.SLOTS not in kernels else [],
+    )
+
+
+class _Differentiable(torch.autograd.Function):
+    """Rows and weights that travelled; nothing else that the op returns has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Any, num_experts: int, quant: str, provider: str, parallel: str, x: Any, *weights: Any) -> Any:
+        with below_autograd():
+            rows, scales, order, offsets, handle, moved = OP.overload(x, ids, num_experts, quant, provider, list(weights), parallel)
+        ctx.save_for_backward(*handle)
+        ctx.names, ctx.dtype, ctx.num_moved = (provider, parallel), x.dtype, len(moved)
+        ctx.mark_non_differentiable(scales, order, offsets, *handle)
+        ctx.set_materialize_grads(False)
+        return (rows, scales, order, offsets, len(handle), *handle, *moved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Any, *rest: Any) -> Any:
+        grads = list(rest[len(rest) - ctx.num_moved :]) if ctx.num_moved else []
+        with below_autograd():
+            dx, dweights = BACKWARD_OP.overload(grad_rows, grads, list(ctx.saved_tensors), *ctx.names, ctx.dtype)
+        dweights = [each if grad is not None else None for each, grad in zip(dweights, grads, strict=True)]
+        return None, None, None, None, None, dx if grad_rows is not None else None, *dweights
+
+
+def _autograd(
+    x: Any, ids: Any, num_experts: int, quant: str, provider: str, weights: Sequence[Any] | None = None, parallel: str = ""
+) -> tuple[Any, ...]:
     """Provider local moves no rows, so nothing that it returns has a gradient."""
-    with below_autograd():
-        return OP.overload(*args)
+    if not parallel or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *(weights or ())))):
+        with below_autograd():
+            found: tuple[Any, ...] = OP.overload(x, ids, num_experts, quant, provider, weights, parallel)
+            return found
+    if quant != "none":
+        raise ValueError(f"rows quantised as {quant!r} have no gradient; train with quant='none'")
+    rows, scales, order, offsets, count, *rest = _Differentiable.apply(ids, num_experts, quant, provider, parallel, x, *(weights or ()))
+    return rows, scales, order, offsets, rest[:count], rest[count:]
+
+
+def _backward_kernel(grad: Any, grads: list[Any], handle: list[Any], provider: str, parallel: str, dtype: Any) -> tuple[Any, list[Any]]:
+    own = exchange.exchange_of(provider, parallel, handle[0].device)
+    dx = own.collect(grad, handle, dtype) if grad is not None else handle[0].new_empty(0, dtype=dtype)
+    return dx, [handle[0].new_empty(0) if each is None else own.collect(each, handle, each.dtype) for each in grads]
+
+
+def _backward_fake(grad: Any, grads: list[Any], handle: list[Any], provider: str, parallel: str, dtype: Any) -> tuple[Any, list[Any]]:
+    tokens = handle[0].shape[0]
+    dx = grad.new_empty((tokens, grad.shape[1]), dtype=dtype) if grad is not None else handle[0].new_empty(0, dtype=dtype)
+    return dx, [handle[0].new_empty(0) if each is None else each.new_empty((tokens, each.shape[1])) for each in grads]
 
 
 OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
 
 
 def _sort_kernel(ids_TK: Any, num_experts: int, in_range: bool) -> tuple[Any, Any, Any, Any]:

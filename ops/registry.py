@@ -17,8 +17,9 @@ class Problem:
 
     stage: one of STAGES. tokens: T, of the first call where it varies, or None if unknown. program, weight_layout: as in
     permute_experts_unpermute.
-    format: "standard" rows with ids, or "batched" [E, capacity, H]. world: ranks that share the experts. compiler: the inner
-    compiler's name, if it has one.
+    format: "standard" rows with ids, or "batched" [E, capacity, H]. world: ranks that share the experts (the
+    experts stage is asked about those of one rank). compiler: the inner compiler's name, if it has one. max_tokens: the most that a
+    rank dispatches, 0 if unknown. cuda_graphs: the call must be capturable. same_host: all ranks of the group are on one machine.
     """
 
     stage: str
@@ -36,6 +37,9 @@ class Problem:
     world: int = 1
     training: bool = False
     compiler: str = ""
+    max_tokens: int = 0
+    cuda_graphs: bool = False
+    same_host: bool = True
 
 
 def _anything(problem: Problem) -> str | None:

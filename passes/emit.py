@@ -159,28 +159,41 @@ class Emitter:
         return self.method("reshape", node, -1 if on_rows else 1, width)
 
     # ------------------------------------------------------------ parameters
-    def parameter(self, p: Param, order: str) -> tuple[list[Node], str]:
-        """A weight ("i" and "o" digits) or bias ("o" digits) as the stage op takes it: the nodes, and their layout."""
-        nodes = [self.existing(holder(self.region, n)) for n in p.leaf.nodes]
+    def parameter(
+        self, p: Param, order: str, only: slice = slice(None), instead: dict[Node, Node] | None = None, experts: int | None = None
+    ) -> tuple[list[Node], str]:
+        """A weight ("i" and "o" digits) or bias ("o" digits) as the stage op takes it: the nodes, and their layout.
+
+        only: the experts of a list that are wanted. instead: holder -> the node of this graph to read in its place; it has `experts`
+        experts where it is stacked.
+        """
+        nodes = [self._source(holder(self.region, n), instead or {}) for n in p.leaf.nodes[only]]
         letters = order.replace("e", "") if p.listed else order
         roles = [_role(dim) for dim in p.dims]
         if sorted(roles) == sorted(letters) and (p.listed or roles[0] == "e"):  # as it stands
             layout = "".join(roles)
         else:
-            nodes, layout = [self._as_layout(n, p, letters) for n in nodes], letters
+            nodes, layout = [self._as_layout(n, p, letters, experts) for n in nodes], letters
         return nodes, layout + (f"*{len(nodes)}" if p.listed else "")
 
-    def _as_layout(self, node: Node, p: Param, letters: str) -> Node:
+    def _source(self, n: Node, instead: dict[Node, Node]) -> Node:
+        if n not in instead:
+            return self.existing(n)
+        self.read.add(n)
+        return instead[n]
+
+    def _as_layout(self, node: Node, p: Param, letters: str, experts: int | None) -> Node:
         """Views only: split merged dimensions, bring them into order, merge those of one role."""
         roles = ["o" if d.role == "c" else d.role for d in p.digits]
-        sizes = [d.size for d in p.digits]
+        sizes = [experts if d.role == "e" and experts is not None else d.size for d in p.digits]
         if any(len(dim) != 1 for dim in p.dims):
             node = self.method("reshape", node, *sizes)
         perm = [i for c in letters for i, r in enumerate(roles) if r == c]
         if perm != sorted(perm):
             node = self.method("permute", node, *perm)
         if len(perm) != len(letters):
-            node = self.method("reshape", node, *[p.extent("oc" if c == "o" else c) for c in letters])
+            extents = {"e": experts} if experts is not None else {}
+            node = self.method("reshape", node, *[extents.get(c, p.extent("oc" if c == "o" else c)) for c in letters])
         return node
 
 

@@ -17,11 +17,11 @@ from .decisions import callee, tensor_of
 from .emit import Emitter, size_argument
 from .lift import Refused
 from .lift.algebra import add
-from .lift.expr import Expr
-from .lift.index import bounds
 from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
 from .region import MoERegion
+from .shard import Spread
+from .stages import emit_stages
 from .window import CREATORS
 
 
@@ -40,14 +40,19 @@ def weight_layouts(region: MoERegion) -> str:
     return ",".join(probe.parameter(p, "eio")[1] for p in region.formula.weights)
 
 
-def splice(graph: Graph, region: MoERegion, providers: dict[str, str], quant: str, at: Remap = lambda n: n) -> Spliced:
-    """Replace the region in `graph`, where `at` gives the copy of each of the region's nodes.  Raises Refused and leaves it alone."""
+def splice(
+    graph: Graph, region: MoERegion, providers: dict[str, str], quant: str, at: Remap = lambda n: n, spread: Spread | None = None
+) -> Spliced:
+    """Replace the region in `graph`, where `at` gives the copy of each of the region's nodes.  Raises Refused and leaves it alone.
+
+    spread: how it lies over ranks, None for one rank.
+    """
     root = at(region.root)
     before = set(graph.nodes)
     emitter = Emitter(graph, region, at)
     try:
         with graph.inserting_before(root):
-            value = _emit(emitter, providers, quant)
+            value = _emit(emitter, providers, quant, spread)
             written = {region.target} if region.target is not None else set()
             removed = region.liveness.removable(emitter.read | written, at)
             _check_sources(region, emitter.read, set(removed), at)
@@ -96,68 +101,16 @@ def _forget_accumulator(graph: Graph, target: Node, value: Node, added: list[Nod
     return [n for n in added if n is not write]
 
 
-def _emit(em: Emitter, providers: dict[str, str], quant: str) -> Node:
-    f, ops = em.region.formula, torch.ops.moe_compile
+def _emit(em: Emitter, providers: dict[str, str], quant: str, spread: Spread | None) -> Node:
+    f = em.region.formula
     autocast = _autocast_on(em.region)
     off = em.call(torch.amp.autocast_mode._enter_autocast, *autocast) if autocast else None
-    x_TH = _frozen(em, "x", em.matrix(f.x, f.x_feat))
-    ids_TK = _slots(em, em.matrix(f.ids, f.slots), f.ids)
-    w_TK = em.matrix(f.weight, f.slots) if f.weight is not None else None
-    inner_TK = em.matrix(f.inner, f.slots) if f.inner is not None else None
-    weights = [_frozen_list(em, f"mm{j}", *em.parameter(p, "eio")) for j, p in enumerate(f.weights)]
-    biases = [_frozen_list(em, f"b{j}", *em.parameter(p, "eo")) for j, p in enumerate(f.biases)]
-    sent = em.call(ops.quantize_dispatch.default, x_TH, ids_TK, f.num_experts, quant, providers["comm"])
-    sent.meta["ids_in_range"] = _in_range(f.ids, f.num_experts)
-    order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
-    y_TKO = em.call(
-        ops.permute_experts_unpermute.default, x_TH, order, offsets, _slots(em, inner_TK, f.inner), _flat(weights), _flat(biases),
-        f.program, ",".join(w for _, w in weights), ",".join(b for _, b in biases), f.top_k, providers["experts"],
-    )  # fmt: skip
-    if f.summed:
-        out = em.call(ops.combine.default, y_TKO, _slots(em, w_TK, f.weight), handle, f.dtype, providers["comm"])
-    else:
-        out = _each_slot(em, y_TKO, _slots(em, w_TK, f.weight))
+    out = emit_stages(em, providers, quant, spread)
     if f.rest:
         out = em.method("to", em.call(operator.add, out, em.matrix(add(*f.rest), f.feat)), f.dtype)
     if off is not None:
         em.call(torch.amp.autocast_mode._exit_autocast, off)
     return _as_root(em, out)
-
-
-def _in_range(ids: Expr, num_experts: int) -> bool:
-    """Is every id known to be an expert's?"""
-    known = bounds(ids)
-    return known is not None and known[0] >= 0 and isinstance(known[1], int) and known[1] <= num_experts
-
-
-def _frozen(em: Emitter, name: str, n: Node) -> Node:
-    """What the original reads only where no gradient flows gets no gradient (not zeros, which an optimiser would act on)."""
-    return em.method("detach", n) if name in em.region.formula.frozen else n
-
-
-def _frozen_list(em: Emitter, name: str, nodes: list[Node], layout: str) -> tuple[list[Node], str]:
-    return [_frozen(em, name, n) for n in nodes], layout
-
-
-def _each_slot(em: Emitter, y_TKO: Node, w_TK: Node | None) -> Node:
-    """Nobody sums over the slots here: their rows, weighted, one after the other."""
-    if w_TK is not None:
-        y_TKO = em.call(operator.mul, y_TKO, em.method("unsqueeze", w_TK, -1))
-    rows = em.method("reshape", y_TKO, -1, prod(v.size for v in em.region.formula.feat))
-    return em.method("to", rows, em.region.formula.dtype)
-
-
-def _flat(params: list[tuple[list[Node], str]]) -> list[Node]:
-    return [n for nodes, _ in params for n in nodes]
-
-
-def _slots(em: Emitter, n: Node | float | None, e: Expr | None) -> Node | None:
-    """Ids or weights for every slot: one that all slots of a token share is repeated."""
-    if e is None or not isinstance(n, Node):
-        return None
-    f = em.region.formula
-    shared = not any(v in e.free for v in f.slots)
-    return em.method("expand", n, -1, f.top_k) if shared and f.top_k > 1 else n
 
 
 def _as_root(em: Emitter, out: Node) -> Node:

@@ -60,10 +60,10 @@ class Routings:
     def run(self, added: Iterable[Node]) -> Outcome:
         """The router of one block; `added`: the nodes that were spliced for it.  Never raises for a router it does not like."""
         try:
-            dispatch, weights = _readers(list(added))
-            if dispatch.args[1] in self.texts:
-                return Outcome(self.texts[dispatch.args[1]])
-            window = window_before(dispatch, weights, self.ambient)
+            readers = _readers(list(added))
+            if readers.ids in self.texts:
+                return Outcome(self.texts[readers.ids])
+            window = window_before(readers.dispatch, readers.ids, readers.weights, self.ambient)
             key = window.key()
             if key not in self.known:
                 self.known[key] = (window, *self._first(window))
@@ -146,18 +146,40 @@ class Routings:
         return self.training and not self.ambient[n].grad
 
 
-def _readers(added: list[Node]) -> tuple[Node, Node | None]:
-    """The dispatch, and what weighs its slots."""
+@dataclass(frozen=True)
+class _Readers:
+    """The dispatch, the ids that it was given, and what weighs its slots."""
+
+    dispatch: Node
+    ids: Node
+    weights: Node | None
+
+
+def _readers(added: list[Node]) -> _Readers:
     ops = torch.ops.moe_compile
     dispatch = next((n for n in added if n.target is ops.quantize_dispatch.default), None)
-    experts = next((n for n in added if n.target is ops.permute_experts_unpermute.default), None)
+    found = (ops.permute_experts_unpermute.default, ops.permute_experts_combine.default)
+    experts = next((n for n in added if n.target in found), None)
     if dispatch is None or experts is None:
         raise Refused("no dispatch stands for the block")
-    weights = [u.args[1] for u in experts.users if u.target is ops.combine.default] + [experts.args[3]]
+    sent: Any = dispatch.args[5] if len(dispatch.args) > 5 else []
+    weights = [*sent, *(u.args[1] for u in experts.users if u.target is ops.combine.default)]
+    if not sent:
+        weights.append(experts.args[3])
     for u in experts.users:  # slots that nobody sums: rows times weights[..., None]
         if u.target is operator.mul and isinstance(u.args[1], Node) and callee(u.args[1]) == "unsqueeze":
             weights.append(u.args[1].args[0])
-    return dispatch, next((w for w in weights if isinstance(w, Node)), None)
+    own = set(added)
+    ids: Any = dispatch.args[1]
+    return _Readers(dispatch, _given(ids, own), next((_given(w, own) for w in weights if isinstance(w, Node)), None))
+
+
+def _given(n: Node, added: set[Node]) -> Node:
+    """What the block was given, behind the part of it that this rank takes or a chunk holds."""
+    ours = (torch.ops.moe_compile.take_tokens.default, operator.getitem)
+    while n in added and (n.target in ours or (n.target == "reshape" and n.args[1:] == (-1, 1))):
+        n = n.args[0]  # type: ignore[assignment]
+    return n
 
 
 # ---------------------------------------------------------------- the edit

@@ -22,7 +22,8 @@ from .region import NO_EXPERTS, MoERegion, find_region
 from .reuse import Recorded, first_match
 from .rewrite import splice, weight_layouts
 from .routing import Routings
-from .select import Choice, choose, problem_of
+from .select import Choice, choose_for
+from .shard import Spread, check_all_gone, hoist_marks, spread_of
 from .standalone import extract
 from .validate import Mismatch, validate
 from .window import ambients, is_size
@@ -52,9 +53,12 @@ def run(gm: GraphModule, options: Options) -> GraphReport:
     training = torch.is_grad_enabled() and _any_grad(gm)
     with fresh_table():
         for part in _parts(gm):
+            hoist_marks(part)
             work = _Part(part, options, training, clock)
             report.regions += work.run()
             report.notes += work.notes
+    for part in _parts(gm):
+        check_all_gone(part, [region.reason or "" for region in report.regions], options.parallel)
     gm.recompile()
     report.nodes_after, report.seconds = _count(gm), clock.seconds
     return report
@@ -135,12 +139,14 @@ class _Part:
             region = find_region(self.gm, d, self._facts(d), until, self.ambient[d.ids], self.training)
         _describe(entry, region)
         with self.clock("select"):
-            choice = choose(problem_of(region, weight_layouts(region), self.options, self.training))
+            choice = choose_for(region, weight_layouts(region), self.options, self.training)
+            spread = spread_of(region, self.options.parallel, choice)
         entry.providers, entry.losers = choice.providers, choice.losers
+        entry.ranks = str(spread) if spread is not None else None
         if self.options.validate != "off":
             with self.clock("validate"):
                 entry.validation = self._validate(region, choice)
-        lifted = _Lifted(Recorded(region, self.ambient[d.ids], self._facts(d)), choice, entry)
+        lifted = _Lifted(Recorded(region, self.ambient[d.ids], self._facts(d)), choice, entry, spread)
         self._splice(entry, lifted, lambda n: n)
         self.known.append(lifted)
 
@@ -149,14 +155,14 @@ class _Part:
         lifted = next(k for k in self.known if k.recorded is recorded)
         first = lifted.entry
         _describe(entry, recorded.region)
-        entry.providers, entry.losers = first.providers, first.losers
+        entry.providers, entry.losers, entry.ranks = first.providers, first.losers, first.ranks
         entry.validation = f"the same code as {first.module or first.where}" if first.validation else None
         self._splice(entry, lifted, lambda n: n if is_size(n) else nodes[n])
 
     def _validate(self, region: MoERegion, choice: Choice) -> str:
         old, _ = extract(self.gm, region)
         new, copy = extract(self.gm, region)
-        splice(new.graph, region, choice.providers, self.options.quant, lambda n: copy[n])
+        splice(new.graph, region, {**choice.providers, "comm": "local"}, "none", lambda n: copy[n])
         new.graph.lint()
         new.recompile()
         try:
@@ -168,7 +174,7 @@ class _Part:
 
     def _splice(self, entry: RegionReport, lifted: _Lifted, at: Remap) -> None:
         with self.clock("rewrite"):
-            done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, self.options.quant, at)
+            done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, self.options.quant, at, lifted.spread)
         entry.rewritten, entry.nodes_before, entry.nodes_after = True, done.removed, len(done.added)
         self.spliced.append((entry, done.added))
 
@@ -199,6 +205,7 @@ class _Lifted:
     recorded: Recorded
     choice: Choice
     entry: RegionReport
+    spread: Spread | None
 
 
 def _describe(entry: RegionReport, region: MoERegion) -> None:

@@ -54,7 +54,7 @@ def test_opcheck_passes_for_the_saving_and_the_backward_op(args: tuple[Any, ...]
 
 def _layer(x: Any, gate: Any, up_gate: Any, down: Any, provider: str = "cpu_grouped") -> Any:
     weights, ids = OPS.route(x @ gate, None, *Routing(K, normalize="sum"))
-    _, _, order, offsets, handle = OPS.quantize_dispatch(x, ids, E, "none", "local")
+    _, _, order, offsets, handle, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
     y = OPS.permute_experts_unpermute(x, order, offsets, None, [up_gate, down], [], PROGRAM, "eoi,eoi", "", K, provider)
     return OPS.combine(y, weights, handle, x.dtype, "local")
 
@@ -107,7 +107,7 @@ def test_training_graph_keeps_the_products_of_the_forward() -> None:
 
 def _layer_in_one(x: Any, gate: Any, up_gate: Any, down: Any) -> Any:
     weights, ids = OPS.route(x @ gate, None, *Routing(K, normalize="sum"))
-    _, _, order, offsets, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
+    _, _, order, offsets, _, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
     args: Any = (x, order, offsets, None, [up_gate, down], [], PROGRAM, "eoi,eoi", "", K)
     return OPS.permute_experts_combine(*args, weights, x.dtype, "cpu_grouped")
 
@@ -192,7 +192,7 @@ def test_cuda_ops_can_be_captured_in_a_cuda_graph() -> None:
 
     def layer() -> Any:
         weights, ids = OPS.route(x @ gate, None, *Routing(K, normalize="sum"))
-        _, _, order, offsets, handle = OPS.quantize_dispatch(x, ids, E, "none", "local")
+        _, _, order, offsets, handle, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
         y = OPS.permute_experts_unpermute(x, order, offsets, None, [up_gate, down], [], program, "eoi,eoi", "", K, "cuda_grouped_mm")
         return OPS.combine(y, weights, handle, None, "local")
 

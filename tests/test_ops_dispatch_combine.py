@@ -11,7 +11,7 @@ from moe_compile.ops import combine, quantize_dispatch
 
 
 def _dispatch(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, scales, order, offsets, handle = quantize_dispatch.OP.overload(torch.zeros(len(ids), 4), ids, experts, "none", "local")
+    rows, scales, order, offsets, handle, _ = quantize_dispatch.OP.overload(torch.zeros(len(ids), 4), ids, experts, "none", "local")
     assert (rows.shape, scales.shape, handle) == ((0, 4), (0,), [])
     assert (order.dtype, offsets.dtype) == (torch.int64, torch.int32)
     return order, offsets
@@ -52,8 +52,9 @@ def test_dispatch_has_no_gradient_and_passes_one_through_nothing() -> None:
     [
         (torch.zeros(2, 1), "none", "local", "ids must be int32 or int64 .* got torch.float32"),
         (torch.zeros(2, dtype=torch.int64), "none", "local", "got torch.int64 \\(2,\\)"),
-        (torch.zeros(2, 1, dtype=torch.int64), "fp8", "local", "quant 'fp8' is not supported; supported: none"),
-        (torch.zeros(2, 1, dtype=torch.int64), "none", "deepep", "no provider 'deepep' .* registered: local"),
+        (torch.zeros(2, 1, dtype=torch.int64), "int4", "local", "quant 'int4' is not supported; supported: none, fp8"),
+        (torch.zeros(2, 1, dtype=torch.int64), "fp8", "local", "'local' moves no rows and quantises none, quant is 'fp8'"),
+        (torch.zeros(2, 1, dtype=torch.int64), "none", "pigeon", "no provider 'pigeon' .* registered: .*local"),
     ],
 )
 def test_what_dispatch_cannot_do_is_a_value_error(ids: torch.Tensor, quant: str, provider: str, words: str) -> None:

@@ -91,7 +91,7 @@ def stages(
     layout: str, provider: str,
 ) -> Tensor:  # fmt: skip
     """quantize_dispatch -> permute_experts_unpermute -> combine."""
-    _, _, order, offsets, handle = OPS.quantize_dispatch(x, ids, experts, "none", "local")
+    _, _, order, offsets, handle, _ = OPS.quantize_dispatch(x, ids, experts, "none", "local")
     bias_layout = ("eo,eo" if layout.startswith("e") else f"o*{experts},o*{experts}") if body.biases else ""
     y = OPS.permute_experts_unpermute(
         x, order, offsets, w if body.weight_in else None, m, b if body.biases else [], text, layout,
@@ -243,7 +243,7 @@ def test_nan_scores_reach_the_output_as_in_eager():
 @pytest.mark.parametrize("tokens", [0, 1, 33])
 def test_dispatch_sorts_slots_stably_and_puts_ids_of_no_expert_last(tokens):
     ids = torch.randint(-1, 5, (tokens, 3), generator=torch.Generator().manual_seed(tokens))
-    _, _, order, offsets, _ = OPS.quantize_dispatch(torch.zeros(tokens, 2), ids, 4, "none", "local")
+    _, _, order, offsets, _, _ = OPS.quantize_dispatch(torch.zeros(tokens, 2), ids, 4, "none", "local")
     flat = ids.flatten().tolist()
     expected = sorted(range(len(flat)), key=lambda n: (flat[n] if 0 <= flat[n] < 4 else 4, n))
     assert order.tolist() == expected

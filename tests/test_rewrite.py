@@ -438,7 +438,7 @@ def test_a_refused_splice_leaves_the_graph_as_it_was(monkeypatch):
     assert normal_form(gm) == before
 
 
-@pytest.mark.parametrize("where", ["find_region", "choose", "validate", "splice"])
+@pytest.mark.parametrize("where", ["find_region", "choose_for", "validate", "splice"])
 def test_exception_in_a_pass_leaves_the_graph_runnable(monkeypatch, where):
     def fail(*args, **kwargs):
         raise RuntimeError("a defect of ours")

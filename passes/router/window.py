@@ -94,9 +94,8 @@ def _tail(name: str) -> str:
     return re.split(r"_(?:parameters|buffers)_", name)[-1].strip("_")
 
 
-def window_before(dispatch: Node, weights: Node | None, ambient: dict[Node, Ambient]) -> Window:
-    """Raises Refused where the way back to the logits is too long."""
-    ids: Any = dispatch.args[1]
+def window_before(dispatch: Node, ids: Node, weights: Node | None, ambient: dict[Node, Ambient]) -> Window:
+    """What leads to ids and weights, before dispatch. Raises Refused where the way back to the logits is too long."""
     goals = [n for n in (ids, weights) if n is not None]
     found = _ancestors(goals)
     nodes = _in_order(found, dispatch)

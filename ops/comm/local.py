@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import combine, quantize_dispatch, registry
+from .. import combine, quantize_dispatch, registry
 
 
 def supports(problem: registry.Problem) -> str | None:

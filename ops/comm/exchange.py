@@ -1,0 +1,159 @@
+"""What a comm provider of several ranks implements, its state, and what goes wrong between ranks.
+
+An exchange moves rows: `dispatch` sends each token once to every rank that has one of its experts, `collect` sums what the ranks
+made of it, `send` repeats the dispatch for other rows (the backward of collect, as collect is the backward of dispatch).
+"""
+
+from __future__ import annotations
+
+import abc
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .. import registry
+from .setup import Setup
+
+# Names of a comm provider's kernels.
+EXCHANGE = "exchange"  # (Setup, device) -> Exchange
+RECEIVED = "received_rows"  # (tokens, Setup) -> rows that dispatch gives, None if only the data tells
+HANDLE = "handle_like"  # (x, ids, rows, Setup) -> fakes of the handle
+SLOTS = "slots"  # (Setup) -> slots of a received row, for the batched format; without it K
+CAP = "token_cap"  # (Setup) -> the most tokens of one dispatch, 0: no limit; more go in chunks
+SCALE_BLOCK = 128  # columns that share a scale
+
+
+class ExchangeError(RuntimeError):
+    """An exchange between ranks failed: a rank is dead, stalled, or sent more than fits. Names the stage and the group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertTokensMetadata:
+    """Tokens per local expert: counts_E int32 on the device, and on the CPU where the provider knows them without a wait of its own.
+
+    With the CPU's copy workspaces have the exact size; without it, the proven worst case.
+    """
+
+    counts_E: Any
+    counts_cpu: tuple[int, ...] | None = None
+
+
+class Received(NamedTuple):
+    """What a rank got.
+
+    rows [R, H] (in quant's dtype), scales [R, H/128] float32 or [0]; ids int32 [R, K], this rank's own numbering, -1 for slots of
+    other ranks and for rows that hold nothing; weights: one [R, K] for each that was sent, zero where ids is -1.
+    handle: what send and collect need; handle[0] has T rows, handle[1] has R.
+    """
+
+    rows: Any
+    scales: Any
+    ids: Any
+    weights: list[Any]
+    handle: list[Any]
+    metadata: ExpertTokensMetadata | None = None
+
+
+class Exchange(abc.ABC):
+    """One provider's state for one group: made once, shared by all layers of its shape, destroyed once."""
+
+    name: str
+    format: str = "standard"
+
+    def __init__(self, setup: Setup, device: Any) -> None:
+        self.setup, self.device = setup, device
+        self.group = setup.process_group
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.ranks = dist.get_process_group_ranks(self.group)
+
+    @abc.abstractmethod
+    def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+        """Sends tokens to their experts' ranks. Raises ExchangeError."""
+
+    @abc.abstractmethod
+    def send(self, x_TX: Any, handle: list[Any]) -> Any:
+        """rows [R, X]: each token's row of x wherever dispatch sent the token; zeros in rows that hold nothing. Raises ExchangeError."""
+
+    @abc.abstractmethod
+    def collect(self, rows_RX: Any, handle: list[Any], out_dtype: Any, weights_TK: Any = None) -> Any:
+        """out [T, X]: the sum of a token's rows over ranks. Raises ExchangeError.
+
+        weights: only for the batched format, which sums slots.
+        """
+
+    def destroy(self) -> None:  # noqa: B027  most hold nothing
+        """Gives back what the exchange holds; a second call does nothing."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Turns what the communication library raises into an ExchangeError that names the stage and the ranks."""
+        started = time.monotonic()
+        try:
+            yield
+        except ExchangeError:
+            raise
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            raise ExchangeError(
+                f"{self.name} {name}: rank {dist.get_rank()} got no answer from its expert-parallel group (ranks {self.ranks}) after "
+                f"{waited:.1f} s (timeout {self.setup.timeout:g} s); another rank has died, stalled, or runs another program: "
+                f"{(str(error).splitlines() or [''])[0]}"
+            ) from error
+
+    def wait(self, work: Any, on_host: bool = False) -> None:
+        """Lets the current stream wait for a collective, on a CPU (or on_host) this process, at most the setup's timeout."""
+        if work is None:
+            return
+        if on_host or self.device.type == "cpu":
+            work.wait(datetime.timedelta(seconds=self.setup.timeout))
+        else:
+            work.wait()
+
+
+_exchanges: dict[tuple[str, str, Any], Exchange] = {}
+
+
+def exchange_of(provider: str, parallel: str, device: Any) -> Exchange:
+    """The provider's exchange for a setup text, made at its first use."""
+    key = (provider, parallel, torch.device(device))
+    found = _exchanges.get(key)
+    if found is None:
+        make: Callable[..., Exchange] = registry.kernel("comm", provider, EXCHANGE)
+        found = _exchanges[key] = make(Setup.parse(parallel), key[2])
+    return found
+
+
+def destroy_all() -> None:
+    """Destroys every exchange, the last made first. Call it before torch.distributed.destroy_process_group; a second call does nothing.
+
+    All ranks must call it alike. It also runs at interpreter exit, after an exception too, where the process groups still stand.
+    """
+    errors = []
+    while _exchanges:
+        _, found = _exchanges.popitem()
+        try:
+            found.destroy()
+        except Exception as error:  # noqa: BLE001  the others must be given back all the same
+            errors.append(error)
+    if errors:
+        raise ExchangeError(f"destroying the exchanges failed: {'; '.join(map(str, errors))}") from errors[0]
+
+
+@atexit.register
+def _at_exit() -> None:
+    if dist.is_available() and dist.is_initialized():
+        with contextlib.suppress(ExchangeError):  # the interpreter is going; what a dead peer does is of no use now
+            destroy_all()
+    _exchanges.clear()
+
+
+def marks(tokens: int, rows: int, like: Any) -> list[Any]:
+    """The first two tensors of a handle, which tell T and R by their shapes."""
+    return [like.new_empty((tokens, 0)), like.new_empty((rows, 0))]

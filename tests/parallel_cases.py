@@ -1,0 +1,135 @@
+"""What ranks run in tests of whole models over ranks (tests/ranks.py)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from corpus.harness import error
+from corpus.hf_zoo import MOE_LAYERS, ZOO, build, first_tensor
+from corpus.styles import CASES
+
+import moe_compile
+from moe_compile.gradients import ddp
+from moe_compile.ops.comm import exchange
+from moe_compile.sharding import shard_experts
+
+
+def config(ep: int, tp: int = 1, dp: int = 1, **fields: Any) -> moe_compile.ParallelConfig:
+    return moe_compile.ParallelConfig.from_torchrun(ep, tp, dp, **fields)
+
+
+def data_rank(parallel: moe_compile.ParallelConfig) -> int:
+    """Which of the different batches is this rank's; tp is the fastest axis."""
+    return dist.get_rank() // parallel.tp
+
+
+def compiled_of(model: Any, parallel: moe_compile.ParallelConfig, inner: str = "eager") -> tuple[Any, moe_compile.RewriteReport]:
+    torch._dynamo.reset()
+    report = moe_compile.RewriteReport()
+    return moe_compile.compile(model, inner=inner, parallel=parallel, report=report), report
+
+
+def batch_of(kwargs: dict[str, Any], seed: int, batch: int | None = None) -> dict[str, Any]:
+    """Other tokens of the same kind; batch: rows of it."""
+    g = torch.Generator().manual_seed(seed)
+    ids = kwargs["input_ids"]
+    return {**kwargs, "input_ids": torch.randint(3, 90, (batch or ids.shape[0], ids.shape[1]), generator=g)}
+
+
+def real_model(name: str, axes: dict[str, Any], sharded: bool, batches: list[int] | None = None, inner: str = "eager") -> str:
+    """Logits of a zoo model over ranks equal those of the whole model on this rank's tokens."""
+    parallel = config(**axes)
+    model, kwargs = ZOO[name]()
+    whole = copy.deepcopy(model)
+    if sharded:
+        shard_experts(model, parallel)
+    compiled, report = compiled_of(model, parallel, inner)
+    for call in range(3):
+        own = data_rank(parallel)
+        inputs = batch_of(kwargs, 100 * call + own, batches[(own + call) % len(batches)] if batches else None)
+        with torch.no_grad():
+            off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
+        assert off < 1e-5, (name, axes, off, str(report))
+    assert len(report.rewritten) >= MOE_LAYERS[name], str(report)
+    assert all(region.ranks for region in report.rewritten), str(report)
+    exchange.destroy_all()
+    return str(report)
+
+
+def one_step(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
+    """A training step with DDP over sharded experts equals the whole model's step on the mean loss of all batches."""
+    parallel = config(**axes)
+    model, kwargs = build(name)
+    whole = copy.deepcopy(model).train()
+    shard_experts(model.train(), parallel)
+    local = dict(model.named_parameters())
+    compiled, report = compiled_of(model, parallel, inner)
+    wrapped = ddp(compiled, parallel)
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, whole)]
+    for step in range(2):
+        batches = [batch_of(kwargs, 10 * step + rank) for rank in range(parallel.data_ranks)]
+        batches = [{**each, "labels": each["input_ids"]} for each in batches]
+        loss = wrapped(**batches[data_rank(parallel)]).loss
+        loss.backward()
+        wanted = [whole(**each).loss / len(batches) for each in batches]
+        torch.stack(wanted).sum().backward()
+        assert abs(float(loss) - float(wanted[data_rank(parallel)]) * len(batches)) < 1e-5
+        _same(name, model, whole, parallel, local)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+    assert len(report.rewritten) >= MOE_LAYERS[name], str(report)
+    assert not report.refused, str(report)
+    exchange.destroy_all()
+
+
+def _same(name: str, model: Any, whole: Any, parallel: Any, local: dict[str, Any]) -> None:
+    """Gradients and parameters, the local part of sharded ones."""
+    full, rank = dict(whole.named_parameters()), dist.get_rank(parallel.ep_group)
+    largest = max(float(p.grad.abs().max()) for p in full.values() if p.grad is not None)
+    for n, p in model.named_parameters():
+        got = {"gradient": p.grad, "value": p.detach()}
+        for what, mine in got.items():
+            theirs = full[n].grad if what == "gradient" else full[n].detach()
+            if theirs is not None and mine is not None and theirs.shape != mine.shape:
+                size = -(-theirs.shape[0] // parallel.ep)
+                theirs = theirs[rank * size : rank * size + mine.shape[0]]
+            assert (mine is None) == (theirs is None), (name, n, what)
+            if mine is not None:
+                off = float((mine - theirs).abs().max()) / (largest if what == "gradient" else 1.0)
+                assert off < 2e-5, (name, n, what, off)
+
+
+def styles(names: list[str], axes: dict[str, Any], sharded: bool) -> dict[str, str]:
+    """Each style of writing a block over ranks equals itself on one; the reason for those that are not rewritten."""
+    reasons = {}
+    parallel = config(**axes)
+    for name in names:
+        block = CASES[name].factory()
+        whole = copy.deepcopy(block)
+        own = dist.get_rank() // parallel.tp
+        inputs = [_rows(x, 3 * own) for x in CASES[name].inputs()]
+        try:
+            if sharded:
+                shard_experts(block, parallel)
+            compiled, report = compiled_of(block, parallel)
+            with torch.no_grad():
+                got, want = first_tensor(compiled(*inputs)), first_tensor(whole(*inputs))
+        except Exception as e:  # noqa: BLE001  told to the test
+            reasons[name] = f"{type(e).__name__}: {str(e)[:300]}"
+            continue
+        limit = 1e-5 if want.dtype == torch.float32 else 2e-2
+        off = error(got, want)  # a style that draws random numbers is refused, and differs
+        reasons[name] = "refused" if not report.rewritten else f"wrong by {off:.1e}" if not off < limit else ""
+    return reasons
+
+
+def _rows(x: Any, drop: int) -> Any:
+    """Other numbers, and fewer tokens."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    x = torch.randn(x.shape, generator=torch.Generator().manual_seed(drop)).to(x.dtype)
+    return x[..., : x.shape[-2] - drop, :].contiguous()

@@ -1,0 +1,27 @@
+"""Exchanges between real ranks over gloo: every provider that runs on a CPU against one process that has all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import exchange_cases as cases
+import pytest
+from ranks import Ranks
+
+PROVIDERS = ("alltoall", "allgather")
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with Ranks(request.param) as found:
+        yield found
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_layer_over_ranks_is_the_layer_of_one_process(ranks: Ranks, provider: str) -> None:
+    assert ranks.run(cases.many_layers, provider, 1) == [96] * ranks.world
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_known_limit_of_tokens_changes_nothing(ranks: Ranks, provider: str) -> None:
+    ranks.run(cases.many_layers, provider, 2, max_tokens=40)

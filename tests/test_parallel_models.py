@@ -1,0 +1,73 @@
+"""Whole models over real ranks (gloo): real transformers models and 35 styles, sharded and not, against the whole model on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import parallel_cases as cases
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with Ranks(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with Ranks(4) as found:
+        yield found
+
+
+# Of corpus/styles.py, those that Dynamo captures and that are rewritten on one rank.
+CAPTURED = [
+    "hf_mixtral_440_range", "hf_qwen2moe_440_shared", "hf_olmoe_457", "mistral_inference", "ds_moe_train_repeat", "openai_gptoss_gather",
+    "hf_llama4_dense", "vllm_ref_dense_einsum", "tutorial_dense_loop_masked", "gptfast_gather_einsum", "hf_granitemoe_457_split",
+    "torchtitan_for_loop", "tf5_batched_mm", "tf5_grouped_mm",
+]  # fmt: skip
+LAYOUTS = {
+    "ep": {"ep": 4},
+    "ep x tp": {"ep": 2, "tp": 2},
+    "ep x tp, leader": {"ep": 2, "tp": 2, "tp_dispatch": "leader"},
+    "ep spans tp": {"ep": 4, "tp": 2, "dp": 2},
+    "ep x dp": {"ep": 2, "dp": 2},
+}
+
+
+@pytest.mark.parametrize("comm", ["alltoall", "allgather"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_model_over_four_ranks_gives_its_logits(four: Ranks, layout: str, comm: str) -> None:
+    four.run(cases.real_model, "mixtral", {**LAYOUTS[layout], "comm": comm}, True)
+
+
+def test_ranks_may_have_unequal_numbers_of_tokens(four: Ranks) -> None:
+    four.run(cases.real_model, "mixtral", {"ep": 4}, True, [2, 1, 3, 5])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "jamba", "granitemoe"])
+def test_real_models_over_two_ranks(two: Ranks, name: str) -> None:
+    two.run(cases.real_model, name, {"ep": 2}, True)
+
+
+def test_a_model_that_nobody_sharded_uses_its_part_of_each_parameter(two: Ranks) -> None:
+    two.run(cases.real_model, "mixtral", {"ep": 2}, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_training_step_over_four_ranks_is_that_of_one_process(four: Ranks, layout: str) -> None:
+    four.run(cases.one_step, "mixtral", LAYOUTS[layout])
+
+
+def test_styles_over_two_ranks(two: Ranks) -> None:
+    """The same styles as on one rank are rewritten, and no rank goes another way than the other."""
+    for sharded in (False, True):
+        found, other = two.run(cases.styles, CAPTURED, {"ep": 2}, sharded)
+        assert found == other == dict.fromkeys(CAPTURED, "")
+
+
+def test_a_sharded_block_that_is_not_rewritten_is_an_error_on_every_rank(two: Ranks) -> None:
+    for found in two.run(cases.styles, ["tf5_eager_hit", "expert_choice"], {"ep": 2}, True):
+        for why in found.values():
+            assert "holds only this rank's experts, and the block that reads it was not rewritten" in why
