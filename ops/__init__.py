@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import (
     combine,
+    exchange_experts,
     expert_shard,
     experts,
     experts_combine,
@@ -49,6 +50,7 @@ __all__ = [
     "allgather",
     "alltoall",
     "combine",
+    "exchange_experts",
     "expert_shard",
     "experts",
     "experts_combine",

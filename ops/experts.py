@@ -29,6 +29,7 @@ SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
 SAVING = NAME + "_saving"
 SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
 BACKWARD = NAME + "_backward"
+SORTED = "permute_experts"  # (call) -> y of the slots in the order of call.order, which may leave out those of no expert
 COMBINED = "permute_experts_combine"  # these three: experts_combine.py
 COMBINED_SAVING = COMBINED + "_saving"
 COMBINED_BACKWARD = COMBINED + "_backward"
@@ -112,6 +113,11 @@ def prepare(
         ),
     )
     return Call(x, order, offsets, topk_weights, weight_params, bias_params, parsed, values, top_k)
+
+
+def with_order(call: Call, order: Any) -> Call:
+    """The call for the first slots of its order alone: all that have an expert."""
+    return dataclasses.replace(call, order=order)
 
 
 def _check(program: Program, x: Any, weights: Params, biases: Params, topk_weights: Any, top_k: int) -> None:

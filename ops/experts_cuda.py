@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from . import registry
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, NAME, SAVING, Call, empty_grads
+from .experts import BACKWARD, NAME, SAVING, SORTED, Call, empty_grads
 from .infer import product_dtypes
 from .layout import Slot
 from .program import parse
@@ -84,6 +84,12 @@ def aligned(matrix: Any) -> Any:
 def forward(call: Call) -> Any:
     """y [T, K, O] in slot order; rows of slots without an expert are zero."""
     return forward_saving(call, [False] * len(call.parameters()))[0]
+
+
+def forward_sorted(call: Call) -> Any:
+    """y in the order of call.order; rows behind the last expert's are undefined."""
+    grouped = Grouped(call)
+    return evaluate(call.program, grouped.reads(grouped.mm))[-1].expand(call.order.shape[0], call.values[-1].width).contiguous()
 
 
 def forward_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:
@@ -200,7 +206,7 @@ PROVIDER = registry.register(
     registry.Provider(
         "cuda_grouped_mm",
         "experts",
-        {NAME: forward, SAVING: forward_saving, BACKWARD: backward},
+        {NAME: forward, SORTED: forward_sorted, SAVING: forward_saving, BACKWARD: backward},
         cost,
         supports,
     )

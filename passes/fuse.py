@@ -3,6 +3,8 @@
 Before:   y = permute_experts_unpermute(x, order, offsets, ...); out = combine(y, w, handle, dtype, "local")
 After:    out = permute_experts_combine(x, order, offsets, ..., w, dtype, provider)
 
+Over ranks, in inference, all three become one: out = exchange_experts(x, ids, w, ...).
+
 The graph that users see and compare has the stages; moe_compile/inductor.py calls this on the way down. An op named *_inline
 is traced through (ops/_register.py): its provider is torch code anyway.
 """
@@ -37,6 +39,8 @@ def _replaced(gm: GraphModule, n: Node) -> bool:
     if n.target is ops.route.default and _routes_inline(n):
         n.target = route.INLINE_OP.overload
         return True
+    if n.target is ops.combine.default and _spread(gm, n):
+        return True
     if n.target is ops.combine.default and _fusible(n, n.args[0]):
         _fuse(gm, n, n.args[0])
         return True
@@ -59,6 +63,50 @@ def _on_cpu(n: Node) -> bool:
     return t is None or t.device.type == "cpu"
 
 
+def _spread(gm: GraphModule, combine: Node) -> bool:
+    """Dispatch, experts and combine over ranks as one op, where no gradient is wanted and nobody else reads what travels."""
+    ops = torch.ops.moe_compile
+    y: Any = combine.args[0]
+    if len(combine.args) < 6 or not combine.args[5] or y.target is not ops.permute_experts_combine.default or _wants_gradient(gm):
+        return False
+    sent = y.args[1].args[0]
+    if sent.target is not ops.quantize_dispatch.default or _written_between(sent, combine):
+        return False
+    inside = [n for n in _between(sent, combine) if n is sent or any(a in (sent, *sent.users) for a in n.all_input_nodes)]
+    inside.append(y)
+    if any(u is not combine and u not in inside for n in inside for u in n.users):
+        return False
+    _fuse_spread(gm, combine, y, sent)
+    for n in [combine, *reversed(list(dict.fromkeys(inside)))]:
+        gm.graph.erase_node(n)
+    return True
+
+
+def _between(first: Node, last: Node) -> list[Node]:
+    """Nodes from first up to, not including, last."""
+    found, n = [], first
+    while n is not last:
+        found.append(n)
+        n = n.next
+    return found
+
+
+def _wants_gradient(gm: GraphModule) -> bool:
+    tensors = (tensor_of(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr"))
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _fuse_spread(gm: GraphModule, combine: Node, y: Node, sent: Node) -> None:
+    x, ids, _, _, comm, moved, parallel = sent.args
+    _, _, _, inner, weights, biases, *texts, top_k, w, _, experts = y.args
+    at = [-1 if n is None else n.args[1] for n in (w, inner)]
+    args = (x, ids, moved, *at, combine.args[1], weights, biases, *texts, top_k, combine.args[3], comm, experts, parallel)
+    with gm.graph.inserting_before(combine):
+        fused = gm.graph.call_function(torch.ops.moe_compile.exchange_experts.default, args)
+    fused.meta = dict(combine.meta)
+    combine.replace_all_uses_with(fused)
+
+
 def _fusible(combine: Node, experts: Node) -> bool:
     """Rows that nobody else reads, on this rank, by a provider that does both stages at once; nothing is written in between."""
     ops = torch.ops.moe_compile
@@ -76,12 +124,7 @@ def _target(experts: Node) -> str | None:
 
 
 def _written_between(first: Node, last: Node) -> bool:
-    n = first.next
-    while n is not last:
-        if writes_in_place(n):
-            return True
-        n = n.next
-    return False
+    return any(writes_in_place(n) for n in _between(first, last)[1:])
 
 
 def _fuse(gm: GraphModule, combine: Node, experts: Node) -> None:

@@ -26,7 +26,7 @@ def data_rank(parallel: moe_compile.ParallelConfig) -> int:
     return dist.get_rank() // parallel.tp
 
 
-def compiled_of(model: Any, parallel: moe_compile.ParallelConfig, inner: str = "eager") -> tuple[Any, moe_compile.RewriteReport]:
+def compiled_of(model: Any, parallel: moe_compile.ParallelConfig, inner: Any = "eager") -> tuple[Any, moe_compile.RewriteReport]:
     torch._dynamo.reset()
     report = moe_compile.RewriteReport()
     return moe_compile.compile(model, inner=inner, parallel=parallel, report=report), report
@@ -57,6 +57,31 @@ def real_model(name: str, axes: dict[str, Any], sharded: bool, batches: list[int
     assert all(region.ranks for region in report.rewritten), str(report)
     exchange.destroy_all()
     return str(report)
+
+
+def fused(name: str, axes: dict[str, Any], limit: float = 1e-5) -> None:
+    """What passes/fuse.py makes of dispatch, experts and combine over ranks computes the same."""
+    from moe_compile.passes.fuse import fuse
+
+    seen: list[str] = []
+
+    def inner(gm: Any, inputs: Any) -> Any:
+        fuse(gm)
+        seen.extend(str(n.target) for n in gm.graph.nodes if "moe_compile" in str(n.target))
+        return gm
+
+    parallel = config(**axes)
+    model, kwargs = ZOO[name]()
+    whole = copy.deepcopy(model)
+    shard_experts(model, parallel)
+    compiled, _ = compiled_of(model, parallel, inner)
+    inputs = batch_of(kwargs, dist.get_rank() // parallel.tp, 1 + dist.get_rank() // parallel.tp)
+    with torch.no_grad():
+        off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
+    assert off < limit, (name, axes, off)
+    assert seen.count("moe_compile.exchange_experts.default") == MOE_LAYERS[name], seen
+    assert not any("quantize_dispatch" in target or "combine" in target for target in seen), seen
+    exchange.destroy_all()
 
 
 def one_step(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
@@ -133,3 +158,31 @@ def _rows(x: Any, drop: int) -> Any:
         return x
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(drop)).to(x.dtype)
     return x[..., : x.shape[-2] - drop, :].contiguous()
+
+
+def dead_rank(provider: str, dies: int, how: str) -> str:
+    """One rank dies or stalls in the middle of the layers; what the others are told, and after how many seconds."""
+    import os
+    import time
+
+    import exchange_cases
+
+    parallel = config(dist.get_world_size(), comm=provider, timeout=4.0)
+    setup = exchange_cases.setup_for(16, 2, 6, torch.float32, timeout=4.0)
+    setup = type(setup)(**{**vars(setup), "group": parallel.ep_group.group_name})
+    g = torch.Generator().manual_seed(dist.get_rank())
+    weights = [torch.randn(s, generator=g) for s in ((2, 16, 8), (2, 8, 16))]
+    started = time.monotonic()
+    for layer in range(6):
+        if layer == 3 and dist.get_rank() == dies:
+            if how == "dies":
+                os._exit(3)
+            time.sleep(8)
+            return "stalled"
+        x, w = torch.randn((5, 16), generator=g), torch.rand((5, 2), generator=g)
+        ids = torch.randint(0, 6, (5, 2), generator=g)
+        try:
+            exchange_cases.layer(provider, x, ids, w, weights, setup, "cpu_grouped")
+        except exchange.ExchangeError as error:
+            return f"{time.monotonic() - started:.1f} s: {error}"
+    return "nothing happened"

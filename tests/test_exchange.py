@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import exchange_cases as cases
 import pytest
+import torch
 from ranks import Ranks
 
 PROVIDERS = ("alltoall", "allgather")
@@ -25,3 +26,13 @@ def test_a_layer_over_ranks_is_the_layer_of_one_process(ranks: Ranks, provider: 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_a_known_limit_of_tokens_changes_nothing(ranks: Ranks, provider: str) -> None:
     ranks.run(cases.many_layers, provider, 2, max_tokens=40)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_may_travel_in_fp8(ranks: Ranks, provider: str) -> None:
+    ranks.run(cases.many_layers, provider, 3, quant="fp8", backward=False)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_of_bfloat16(ranks: Ranks, provider: str) -> None:
+    ranks.run(cases.many_layers, provider, 4, dtype=torch.bfloat16)

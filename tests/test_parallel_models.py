@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import parallel_cases as cases
 import pytest
@@ -71,3 +72,17 @@ def test_a_sharded_block_that_is_not_rewritten_is_an_error_on_every_rank(two: Ra
     for found in two.run(cases.styles, ["tf5_eager_hit", "expert_choice"], {"ep": 2}, True):
         for why in found.values():
             assert "holds only this rank's experts, and the block that reads it was not rewritten" in why
+
+
+@pytest.mark.parametrize("axes", [{"comm": "alltoall"}, {"comm": "allgather", "max_tokens_per_rank": 64}])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_stages_fused_for_inference_give_the_same(two: Ranks, name: str, axes: dict[str, Any]) -> None:
+    two.run(cases.fused, name, {"ep": 2, **axes})
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("comm", ["alltoall", "allgather"])
+def test_inductor_compiles_what_ranks_receive(two: Ranks, comm: str) -> None:
+    """The numbers of received rows are sizes that only the data tells."""
+    two.run(cases.real_model, "mixtral", {"ep": 2, "comm": comm}, True, [2, 1, 3], "inductor", timeout=300)
+    two.run(cases.one_step, "mixtral", {"ep": 2, "comm": comm}, "inductor", timeout=300)

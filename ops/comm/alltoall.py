@@ -49,7 +49,7 @@ class AllToAll(Exchange):
         with self.stage("exchange of counts"):
             self.wait(dist.all_to_all_single(told, counts, group=self.group, async_op=True), on_host=True)
             both = torch.stack([counts, told]).cpu()
-        ranks_S, tokens_S = wanted_TW.t().nonzero(as_tuple=True)
+        ranks_S, tokens_S = (column.clone() for column in wanted_TW.t().nonzero(as_tuple=True))  # not views: an op's results are its own
         first, end = local_range(self.setup.num_experts, self.world, self.rank)
         return ranks_S, tokens_S, both[0, :, 0].tolist(), both[1, :, 0].tolist(), both[1, :, 1:].sum(0)[: end - first].to(torch.int32)
 

@@ -88,6 +88,14 @@ class Exchange(abc.ABC):
         weights: only for the batched format, which sums slots.
         """
 
+    def dispatch_views(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+        """As dispatch; what it gives may be views of a workspace, valid until the next call. Not for tensors that a graph keeps."""
+        return self.dispatch(x_TH, ids_TK, weights)
+
+    def collect_slots(self, y_SO: Any, places_RK: Any, weights_RK: Any, handle: list[Any], out_dtype: Any) -> Any:
+        """collect of rows[r] = sum_k weights[r, k] * y[places[r, k]] (weights None: ones; places int32, -1: nothing)."""
+        return self.collect(sum_slots(y_SO, places_RK, weights_RK, out_dtype), handle, out_dtype)
+
     def destroy(self) -> None:  # noqa: B027  most hold nothing
         """Gives back what the exchange holds; a second call does nothing."""
 
@@ -152,6 +160,20 @@ def _at_exit() -> None:
         with contextlib.suppress(ExchangeError):  # the interpreter is going; what a dead peer does is of no use now
             destroy_all()
     _exchanges.clear()
+
+
+def sum_slots(y_SO: Any, places_RK: Any, weights_RK: Any, out_dtype: Any) -> Any:
+    """rows [R, O]: the weighted sum of each row's slots, accumulated in float32 or wider, slot after slot."""
+    wide = torch.promote_types(y_SO.dtype, torch.float32)
+    rows = y_SO.new_zeros((places_RK.shape[0], y_SO.shape[1]), dtype=wide)
+    if y_SO.shape[0] == 0:
+        return rows.to(out_dtype)
+    for k in range(places_RK.shape[1]):
+        at = places_RK[:, k]
+        scale = torch.ones_like(at, dtype=wide) if weights_RK is None else weights_RK[:, k].to(wide)
+        part = y_SO.index_select(0, at.clamp(min=0)).to(wide) * scale.unsqueeze(1)
+        rows += part.masked_fill_((at < 0).unsqueeze(1), 0)
+    return rows.to(out_dtype)
 
 
 def marks(tokens: int, rows: int, like: Any) -> list[Any]:

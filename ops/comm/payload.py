@@ -26,7 +26,8 @@ def quantize_rows(x_TH: Any, quant: str) -> tuple[Any, Any]:
     return rows.view(tokens, -1)[:, :hidden].contiguous(), scales
 
 
-def _dequantize(rows_RH: Any, scales_RB: Any, dtype: Any) -> Any:
+def dequantize(rows_RH: Any, scales_RB: Any, dtype: Any) -> Any:
+    """The rows in dtype again, [R, H]."""
     if rows_RH.dtype == dtype:
         return rows_RH.clone()
     width = rows_RH.shape[1]
@@ -38,4 +39,4 @@ def _fake(rows_RH: Any, scales_RB: Any, dtype: Any) -> Any:
     return rows_RH.new_empty(rows_RH.shape, dtype=dtype)
 
 
-OP = register_op(SCHEMA, _dequantize, _fake)
+OP = register_op(SCHEMA, dequantize, _fake)

@@ -1,0 +1,96 @@
+"""Op exchange_experts: dispatch over ranks, the experts of this rank, and combine, in one call for inference.
+
+    out = combine(permute_experts_combine(quantize_dispatch(x, ids, moved)...))        (passes/fuse.py, on the way to Inductor)
+
+Received rows never leave the op, so a provider may hand out views of its workspace (Exchange.dispatch_views), and the experts' rows may
+stay in their sorted order up to the sum over a row's slots (Exchange.collect_slots): nothing is copied only to pass a stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import combine, experts, registry
+from ._register import register_op
+from .comm import exchange, payload
+from .comm.setup import local_range
+from .quantize_dispatch import counting_sort
+
+NAME = "exchange_experts"
+# moved: routing weights [T, K] that travel; w_at, inner_at: which of them weighs the results, and which the program reads, -1: none.
+# combine_weights: those that a batched provider applies at the source.
+SCHEMA = (
+    f"{NAME}(Tensor x_TH, Tensor ids_TK, Tensor[] moved_TK, int w_at, int inner_at, Tensor? combine_weights_TK, Tensor[] weights, "
+    "Tensor[] biases, str program, str weight_layout, str bias_layout, int top_k, ScalarType? out_dtype, str comm, str experts, "
+    "str parallel) -> Tensor out_TO"
+)
+EXACT_BYTES = 64 << 20  # of rows for all possible slots, above which their true number is read back (never under capture)
+
+
+def _kernel(
+    x_TH: Any, ids_TK: Any, moved: list[Any], w_at: int, inner_at: int, combine_weights: Any, weights: list[Any], biases: list[Any],
+    program: str, weight_layout: str, bias_layout: str, top_k: int, out_dtype: Any, comm: str, provider: str, parallel: str,
+) -> Any:  # fmt: skip
+    own = exchange.exchange_of(comm, parallel, x_TH.device)
+    got = own.dispatch_views(x_TH, ids_TK, moved)
+    rows = got.rows if own.setup.quant == "none" else payload.dequantize(got.rows, got.scales, x_TH.dtype)
+    first, end = local_range(own.setup.num_experts, own.world, own.rank)
+    order, offsets = counting_sort(got.ids, end - first)
+    w, inner = (got.weights[at] if at >= 0 else None for at in (w_at, inner_at))
+    call = experts.prepare(rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k)
+    kernels = registry.get("experts", provider).kernels
+    out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
+    if experts.SORTED in kernels and combine_weights is None:
+        return own.collect_slots(*_sorted(call, kernels, got), w, got.handle, out_dtype)
+    y_RO = torch.ops.moe_compile.permute_experts_combine(
+        rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider
+    )
+    return own.collect(y_RO, got.handle, out_dtype, combine_weights)
+
+
+def _sorted(call: experts.Call, kernels: Any, got: Any) -> tuple[Any, Any]:
+    """(y of the slots that have an expert [S or more, O], in sorted order; int32 places [R, K] of the slots in it, -1 for none)."""
+    order, slots = call.order, call.order.shape[0]
+    places = torch.empty_like(order, dtype=torch.int32)
+    places[order] = torch.arange(slots, dtype=torch.int32, device=order.device)
+    places = torch.where(got.ids.reshape(-1) >= 0, places, -1).view(got.ids.shape)
+    used = _used(call, got)
+    call = call if used is None else experts.with_order(call, order[:used])
+    return kernels[experts.SORTED](call), places
+
+
+def _used(call: experts.Call, got: Any) -> int | None:
+    """How many slots have an expert: known on the host, or read there where the worst case is large."""
+    if got.metadata is not None and got.metadata.counts_cpu is not None:
+        return sum(got.metadata.counts_cpu)
+    if call.order.shape[0] * call.x.shape[1] * call.x.element_size() <= EXACT_BYTES:
+        return None
+    if call.x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    return int(call.offsets[-1].item()) if call.offsets.shape[0] else 0
+
+
+def _result_dtype(call: experts.Call, w: Any, combine_weights: Any, out_dtype: Any) -> Any:
+    weights = w if w is not None else combine_weights
+    return combine.result_dtype(call.x.new_empty(0, dtype=call.values[-1].dtype), weights, out_dtype)
+
+
+def _fake(*args: Any) -> Any:
+    x, ids, moved, w_at, _, combine_weights, weights, biases, program, weight_layout, bias_layout, top_k, out_dtype, *_ = args
+    first = x.new_empty((0, x.shape[1]))
+    none = ids.new_empty((0,), dtype=torch.int64)
+    offsets = ids.new_empty((_num_local(weights, weight_layout),), dtype=torch.int32)
+    inner = None if args[4] < 0 else moved[args[4]].new_empty((0, top_k))
+    call = experts.prepare(first, none, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k)
+    dtype = _result_dtype(call, moved[w_at] if w_at >= 0 else None, combine_weights, out_dtype)
+    return x.new_empty((x.shape[0], call.values[-1].width), dtype=dtype)
+
+
+def _num_local(weights: list[Any], layout: str) -> int:
+    entry = layout.split(",")[0].strip()
+    return int(entry.partition("*")[2]) if "*" in entry else int(weights[0].shape[0])
+
+
+OP = register_op(SCHEMA, _kernel, _fake)
