@@ -27,7 +27,7 @@ from . import (
     registry,
     route,
 )
-from .comm import allgather, alltoall, local, payload, tokens
+from .comm import allgather, alltoall, deepep_ht, deepep_ll, deepep_v2, local, nvlink, nvlink_batched, payload, pplx, tokens
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 

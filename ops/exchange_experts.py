@@ -42,7 +42,7 @@ def _kernel(
     call = experts.prepare(rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k)
     kernels = registry.get("experts", provider).kernels
     out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
-    if experts.SORTED in kernels and combine_weights is None:
+    if experts.SORTED in kernels and own.format == "standard":
         return own.collect_slots(*_sorted(call, kernels, got), w, got.handle, out_dtype)
     y_RO = torch.ops.moe_compile.permute_experts_combine(
         rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider

@@ -20,6 +20,7 @@ class Problem:
     format: "standard" rows with ids, or "batched" [E, capacity, H]. world: ranks that share the experts (the
     experts stage is asked about those of one rank). compiler: the inner compiler's name, if it has one. max_tokens: the most that a
     rank dispatches, 0 if unknown. cuda_graphs: the call must be capturable. same_host: all ranks of the group are on one machine.
+    ids_valid: each of a token's ids names an expert, and no expert twice.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Problem:
     max_tokens: int = 0
     cuda_graphs: bool = False
     same_host: bool = True
+    ids_valid: bool = False
 
 
 def _anything(problem: Problem) -> str | None:

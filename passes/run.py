@@ -24,6 +24,7 @@ from .rewrite import splice, weight_layouts
 from .routing import Routings
 from .select import Choice, choose_for
 from .shard import Spread, check_all_gone, hoist_marks, spread_of
+from .size_range import keep_to_sizes
 from .standalone import extract
 from .validate import Mismatch, validate
 from .window import ambients, is_size
@@ -141,6 +142,7 @@ class _Part:
         with self.clock("select"):
             choice = choose_for(region, weight_layouts(region), self.options, self.training)
             spread = spread_of(region, self.options.parallel, choice)
+            keep_to_sizes(region, choice)
         entry.providers, entry.losers = choice.providers, choice.losers
         entry.ranks = str(spread) if spread is not None else None
         if self.options.validate != "off":

@@ -15,24 +15,30 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_compile.config import ParallelConfig
+from moe_compile.ops.comm import costs
 from moe_compile.ops.comm.setup import chunk_size
 from moe_compile.ops.registry import Problem, providers
 from moe_compile.options import Options
 
 from .decisions import tensor_of
 from .emit import holder
+from .lift.index import in_range
 from .lift.sizes import prod
 from .region import MoERegion
 
-TOKENS = 1024  # assumed where ranks have no number of tokens in common
+MOST_TOKENS = 1 << 24  # beyond it nothing is asked
+ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The provider of each stage, and for the others of a stage why they were not taken."""
+    """The provider of each stage, and for the others of a stage why they were not taken; sizes: tokens between which it holds;
+    asked: what the exchange was asked for."""
 
     providers: dict[str, str] = field(default_factory=dict)
     losers: dict[str, dict[str, str]] = field(default_factory=dict)
+    sizes: tuple[int, int] | None = None
+    asked: Problem | None = None
 
 
 def choose_for(region: MoERegion, weight_layout: str, options: Options, training: bool) -> Choice:
@@ -40,9 +46,35 @@ def choose_for(region: MoERegion, weight_layout: str, options: Options, training
     problem, parallel = problem_of(region, weight_layout, options, training), options.parallel
     if parallel is None or parallel.ep == 1:
         return choose(problem)
-    comm = choose(over_ranks(problem, parallel, options), ("comm",), parallel.comm)
+    asked = over_ranks(problem, parallel, region)
+    comm = choose(asked, ("comm",), parallel.comm)
     experts = choose(of_one_rank(problem, parallel), ("experts",))
-    return Choice({**comm.providers, **experts.providers}, {**comm.losers, **experts.losers})
+    sizes = _sizes_of_choice(asked, parallel, comm.providers["comm"], problem.tokens)
+    return Choice({**comm.providers, **experts.providers}, {**comm.losers, **experts.losers}, sizes, asked)
+
+
+def _sizes_of_choice(asked: Problem, parallel: ParallelConfig, taken: str, tokens: int | None) -> tuple[int, int] | None:
+    """The exchange is chosen alike for more tokens than the first number and fewer than the second; None if tokens decide nothing.
+
+    A graph for any number of tokens is kept to these, so that decode and prefill each get their own.
+    """
+    if not parallel.equal_tokens or parallel.comm != "auto" or not tokens:
+        return None
+
+    def same(count: int) -> bool:
+        return choose(dataclasses.replace(asked, tokens=_dispatched(count, parallel)), ("comm",)).providers["comm"] == taken
+
+    least = most = tokens
+    while least > 1 and same(least // 2):
+        least //= 2
+    while most < MOST_TOKENS and same(most * 2):
+        most *= 2
+    return (-1 if least == 1 else least // 2), (ENDLESS if most >= MOST_TOKENS else 2 * most)
+
+
+def _dispatched(tokens: int, parallel: ParallelConfig) -> int:
+    """Of a rank's tokens, those that it dispatches."""
+    return -(-tokens // parallel.tp) if parallel.tp > 1 and parallel.tp_dispatch == "slice" else tokens
 
 
 def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts"), wanted: str = "auto") -> Choice:
@@ -51,15 +83,21 @@ def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts"), want
     for stage in stages:
         asked = dataclasses.replace(problem, stage=stage)
         refusals = {p.name: p.supports(asked) or _not_wanted(p.name, wanted) for p in providers(stage)}
-        able = sorted((p for p in providers(stage) if refusals[p.name] is None), key=lambda p: p.cost(asked))
+        able = [p for p in providers(stage) if refusals[p.name] is None]
         if not able:
             known = "" if wanted == "auto" or wanted in refusals else f" (no provider is called {wanted!r})"
             raise LookupError(f"no provider for {stage}{known}: " + "; ".join(f"{n}: {r}" for n, r in refusals.items()))
-        best = able[0].cost(asked)
-        slower = {p.name: f"slower ({p.cost(asked):.0f} us estimated, {able[0].name} {best:.0f})" for p in able[1:]}
+        prices = {p.name: costs.cost(p, asked) for p in able}
+        able.sort(key=lambda p: prices[p.name][0])
+        best, how = prices[able[0].name]
+        slower = {p.name: _slower(*prices[p.name], able[0].name, best, how) for p in able[1:]}
         chosen[stage] = able[0].name
         losers[stage] = {**{n: r for n, r in refusals.items() if r is not None}, **slower}
     return Choice(chosen, losers)
+
+
+def _slower(cost: float, how: str, best: str, least: float, how_best: str) -> str:
+    return f"slower ({cost:.0f} us {how}, {best} {least:.0f}{'' if how == how_best else f' {how_best}'})"
 
 
 def _not_wanted(name: str, wanted: str) -> str | None:
@@ -85,19 +123,30 @@ def problem_of(region: MoERegion, weight_layout: str, options: Options, training
         quant=options.quant,
         training=training,
         compiler=options.inner if isinstance(options.inner, str) else "",
-        cuda_graphs=_cuda_graphs(options),
+        cuda_graphs=wants_cuda_graphs(options),
     )
 
 
-def over_ranks(problem: Problem, parallel: ParallelConfig, options: Options) -> Problem:
+def over_ranks(problem: Problem, parallel: ParallelConfig, region: MoERegion) -> Problem:
     """What the exchange is asked: nothing in it may differ from rank to rank."""
     most = parallel.max_tokens_per_rank or 0
-    tokens = problem.tokens if parallel.equal_tokens else most or TOKENS
-    if parallel.tp > 1 and parallel.tp_dispatch == "slice":
-        tokens, most = -(-(tokens or TOKENS) // parallel.tp), -(-most // parallel.tp)
+    tokens = problem.tokens if parallel.equal_tokens else most
     return dataclasses.replace(
-        problem, world=parallel.ep, quant=parallel.quant, tokens=tokens, max_tokens=most, same_host=parallel.same_host, compiler=""
+        problem,
+        world=parallel.ep,
+        quant=parallel.quant,
+        tokens=_dispatched(tokens or costs.TOKENS, parallel),
+        max_tokens=_dispatched(most, parallel),
+        same_host=parallel.same_host,
+        compiler="",
+        ids_valid=ids_valid(region, parallel),
     )
+
+
+def ids_valid(region: MoERegion, parallel: ParallelConfig) -> bool:
+    """Is each of a token's ids known to name an expert, and no expert twice? Tokens parted among ranks are padded with none."""
+    f = region.formula
+    return parallel.tp == 1 and f.ids.op == "load" and in_range(f.ids, f.num_experts) and (region.decision.facts[1] or f.top_k == 1)
 
 
 def of_one_rank(problem: Problem, parallel: ParallelConfig) -> Problem:
@@ -106,7 +155,7 @@ def of_one_rank(problem: Problem, parallel: ParallelConfig) -> Problem:
     return dataclasses.replace(problem, num_experts=local, quant="none", world=parallel.ep)
 
 
-def _cuda_graphs(options: Options) -> bool:
+def wants_cuda_graphs(options: Options) -> bool:
     """Does Inductor's configuration ask for CUDA graphs?"""
     return options.mode in ("reduce-overhead", "max-autotune") or bool(options.inner_options.get("triton.cudagraphs"))
 

@@ -11,6 +11,7 @@ The formula is lifted over all of them; rewrite.py then reads what is behind tho
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,24 +72,18 @@ def spread_of(region: MoERegion, parallel: ParallelConfig | None, choice: Choice
     first, end = local_range(f.num_experts, parallel.ep, rank)
     if local_range(f.num_experts, parallel.ep, parallel.ep - 1)[0] >= f.num_experts:
         raise Refused(f"{f.num_experts} experts over ep = {parallel.ep} ranks leave a rank without any; choose a smaller ep")
-    setup = _setup(region, parallel)
+    setup = _setup(region, parallel, choice)
     kernels = registry.get("comm", choice.providers["comm"]).kernels
     cap = kernels[exchange.CAP](setup) if exchange.CAP in kernels else 0
     chunks = -(-setup.max_tokens // cap) if cap and setup.max_tokens > cap else 1
     if chunks > 1:
-        setup = _replace(setup, max_tokens=cap)
+        setup = dataclasses.replace(setup, max_tokens=cap)
     batched = exchange.SLOTS in kernels
     sharing = sharing_of(region, parallel)
     return Spread(first, end, setup, batched, sharing, chunks, cap if chunks > 1 else 0, dtype_of(f.x))
 
 
-def _replace(setup: Setup, **fields: Any) -> Setup:
-    import dataclasses
-
-    return dataclasses.replace(setup, **fields)
-
-
-def _setup(region: MoERegion, parallel: ParallelConfig) -> Setup:
+def _setup(region: MoERegion, parallel: ParallelConfig, choice: Choice) -> Setup:
     f, dtype = region.formula, dtype_of(region.formula.x)
     tokens = parallel.max_tokens_per_rank or 0
     if parallel.tp > 1 and parallel.tp_dispatch == "slice":
@@ -105,6 +100,8 @@ def _setup(region: MoERegion, parallel: ParallelConfig) -> Setup:
         timeout=float(parallel.timeout),
         capacity=parallel.capacity or 0,
         overflow=parallel.overflow,
+        cuda_graphs=choice.asked is not None and choice.asked.cuda_graphs,
+        ids_valid=choice.asked is not None and choice.asked.ids_valid,
     )
 
 

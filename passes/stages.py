@@ -16,7 +16,7 @@ from torch.fx import Node
 from .emit import Emitter, holder
 from .lift import Refused
 from .lift.expr import Expr
-from .lift.index import bounds
+from .lift.index import in_range
 from .lift.program import Param
 from .lift.sizes import prod
 from .shard import Spread, is_mark, local_of
@@ -60,7 +60,7 @@ def _need(n: Node | None) -> Node:
 def _local(em: Emitter, a: Inputs, providers: dict[str, str], quant: str) -> Node:
     f, ops = em.region.formula, torch.ops.moe_compile
     sent = em.call(ops.quantize_dispatch.default, a.x, a.ids, f.num_experts, quant, providers["comm"])
-    sent.meta["ids_in_range"] = _in_range(f.ids, f.num_experts)
+    sent.meta["ids_in_range"] = in_range(f.ids, f.num_experts)
     order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
     y_TKO = em.call(
         ops.permute_experts_unpermute.default, a.x, order, offsets, a.inner, *_params(em, a), f.top_k, providers["experts"],
@@ -180,12 +180,6 @@ def _listed(em: Emitter, p: Param, order: str, spread: Spread) -> Tensors:
                 raise Refused(f"expert {expert} should be on this rank and was sharded to another one")
             behind[mark] = local
     return em.parameter(p, order, only, behind)
-
-
-def _in_range(ids: Expr, num_experts: int) -> bool:
-    """Is every id known to be an expert's?"""
-    known = bounds(ids)
-    return known is not None and known[0] >= 0 and isinstance(known[1], int) and known[1] <= num_experts
 
 
 def _frozen(em: Emitter, name: str, n: Node) -> Node:

@@ -14,6 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 NEEDS = {
     "gpu": lambda: __import__("torch").cuda.is_available(),
+    "gpus": lambda: __import__("torch").cuda.device_count() > 1,
     "inductor": lambda: _has_cpp_compiler(),
     "style": lambda: all(importlib.util.find_spec(tool) for tool in ("ruff", "mypy")),
 }

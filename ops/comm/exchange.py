@@ -96,6 +96,9 @@ class Exchange(abc.ABC):
         """collect of rows[r] = sum_k weights[r, k] * y[places[r, k]] (weights None: ones; places int32, -1: nothing)."""
         return self.collect(sum_slots(y_SO, places_RK, weights_RK, out_dtype), handle, out_dtype)
 
+    def check(self) -> None:  # noqa: B027  most raise in the call itself
+        """Raises ExchangeError if an earlier call failed on the device. No sync."""
+
     def destroy(self) -> None:  # noqa: B027  most hold nothing
         """Gives back what the exchange holds; a second call does nothing."""
 
@@ -136,6 +139,12 @@ def exchange_of(provider: str, parallel: str, device: Any) -> Exchange:
         make: Callable[..., Exchange] = registry.kernel("comm", provider, EXCHANGE)
         found = _exchanges[key] = make(Setup.parse(parallel), key[2])
     return found
+
+
+def check_all() -> None:
+    """Raises ExchangeError if a call of any exchange failed on the device: for callers that only replay CUDA graphs. No sync."""
+    for each in _exchanges.values():
+        each.check()
 
 
 def destroy_all() -> None:

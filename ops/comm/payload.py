@@ -23,7 +23,7 @@ def quantize_rows(x_TH: Any, quant: str) -> tuple[Any, Any]:
     amax = padded.abs().amax(-1)
     scales = torch.where(amax > 0, amax / LARGEST, 1.0)
     rows = (padded / scales.unsqueeze(-1)).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return rows.view(tokens, -1)[:, :hidden].contiguous(), scales
+    return rows.flatten(1)[:, :hidden].contiguous(), scales
 
 
 def dequantize(rows_RH: Any, scales_RB: Any, dtype: Any) -> Any:

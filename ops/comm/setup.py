@@ -1,6 +1,7 @@
 """What a graph says of the ranks that share its experts, and of what they exchange: a text, as an op takes no process group.
 
-"hidden=64,top_k=2,num_experts=8,dtype=bfloat16,quant=none,max_tokens=4096,timeout=300.0,capacity=0,overflow=error,group=3"
+"hidden=64,top_k=2,num_experts=8,dtype=bfloat16,quant=none,max_tokens=4096,timeout=300.0,capacity=0,overflow=error,
+cuda_graphs=False,ids_valid=True,group=3"
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Setup:
 
     group: name of the process group whose ranks share the experts. hidden, top_k, num_experts (of all ranks), dtype: of the tokens.
     quant: of the rows on the wire. max_tokens: the most a rank dispatches, 0: unknown. timeout: seconds to wait for another rank.
-    capacity, overflow: as in ParallelConfig; 0: as many as can come.
+    capacity, overflow: as in ParallelConfig; 0: as many as can come. cuda_graphs: no call may read anything back to the host.
+    ids_valid: each of a token's ids names an expert, and no expert twice.
     """
 
     group: str
@@ -33,6 +35,8 @@ class Setup:
     timeout: float = 300.0
     capacity: int = 0
     overflow: str = "error"
+    cuda_graphs: bool = False
+    ids_valid: bool = False
 
     @property
     def text(self) -> str:
@@ -77,7 +81,7 @@ def _parse(text: str) -> Setup:
         raise ValueError(f"{text!r} is no parallel setup ({error!r}); take it from Setup(...).text") from error
 
 
-_READ: dict[str, Any] = {"int": int, "float": float, "str": str}
+_READ: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": {"True": True, "False": False}.__getitem__}
 
 
 def chunk_size(num_experts: int, world: int) -> int:

@@ -57,6 +57,12 @@ def bounds(e: Expr) -> tuple[int, Size] | None:
     return None
 
 
+def in_range(ids: Expr, num_experts: int) -> bool:
+    """Is every id known to be an expert's?"""
+    known = bounds(ids)
+    return known is not None and known[0] >= 0 and isinstance(known[1], int) and known[1] <= num_experts
+
+
 def _scaled_bounds(e: Expr) -> tuple[int, Size] | None:
     """A number times a bounded index."""
     for c, x in (e.args, e.args[::-1]):
