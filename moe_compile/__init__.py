@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moe_compile.gradients import ignored_parameters as ignored_parameters
     from moe_compile.marking import moe as moe
     from moe_compile.ops.comm.exchange import ExchangeError as ExchangeError
+    from moe_compile.ops.comm.exchange import check_all as check_exchanges
     from moe_compile.ops.comm.exchange import destroy_all as destroy_exchanges
     from moe_compile.report import RewriteReport as RewriteReport
     from moe_compile.sharding import expert_parameters as expert_parameters
@@ -52,7 +53,10 @@ _HOMES = {
     "save_sharded": "moe_compile.checkpoint",
     "gather_state_dict": "moe_compile.checkpoint",
 }
-_OTHER_NAMES = {"destroy_exchanges": ("moe_compile.ops.comm.exchange", "destroy_all")}
+_OTHER_NAMES = {
+    "check_exchanges": ("moe_compile.ops.comm.exchange", "check_all"),
+    "destroy_exchanges": ("moe_compile.ops.comm.exchange", "destroy_all"),
+}
 _MODULES = ("testing",)
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "ParallelConfig",
     "ParallelError",
     "RewriteReport",
+    "check_exchanges",
     "clip_grad_norm_",
     "compile",
     "ddp",

@@ -15,6 +15,7 @@ from moe_compile import inner
 from moe_compile.capture import NothingRewritten, data_dependent, flags_active
 from moe_compile.errors import ParallelError
 from moe_compile.logs import artifact, log, tlparse_listens, warn_once
+from moe_compile.opening import open_exchanges
 from moe_compile.options import Options, split_report
 from moe_compile.report import GraphReport, RewriteReport
 
@@ -74,6 +75,7 @@ class Backend:
         original = _Snapshot(gm)
         graph_report = self._rewrite(gm, original)
         self._reconsider_flags(gm, graph_report)
+        open_exchanges(gm)
         compiled = self._compile(gm, example_inputs, original, graph_report)
         _tell(graph_report)
         if self.report is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from moe_compile.errors import ParallelError
 from moe_compile.logs import warn_once
 from moe_compile.report import RewriteReport
 
@@ -53,12 +54,17 @@ class WithCaptureFlags:
             with _flags_on():
                 return self._callback(frame, *args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever it is, it may be the flags' doing: the second try decides
-            note = _why_without(frame, error)
+            note, first = _why_without(frame, error), error
             warn_once(note, details=error)
         if self._report is not None and undo is not None:
             undo()
             self._report.notes.append(note)
-        return self._callback(frame, *args, **kwargs)
+        try:
+            return self._callback(frame, *args, **kwargs)
+        except Exception as error:
+            if _over_ranks(error) and _over_ranks(first):  # the whole graph's reason says more than that of its pieces
+                raise first from None
+            raise
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # its own (not there yet while this object is copied), or Python's
@@ -95,6 +101,10 @@ def _why_without(frame: Any, error: Exception) -> str:
     text = (str(last).splitlines() or [""])[0]
     why = str(ours or f"capturing it with {' and '.join(FLAGS)} raised {type(last).__name__}: {text}")
     return f"{where} is compiled without Dynamo's capture flags: {why}"
+
+
+def _over_ranks(error: Exception) -> bool:
+    return any(isinstance(cause, ParallelError) for cause in _causes(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from moe_compile.finding import WAY_OUT, ExpertGroup, find_expert_parameters, full_names, own_parameters
 from moe_compile.gradients import attach, gradient_of, with_replicas
-from moe_compile.ops.expert_shard import ANCHOR, SHARDS, reader
+from moe_compile.ops.expert_shard import ANCHOR, SHARDS, Place, reader
 
 
 class Shard(NamedTuple):
@@ -26,6 +26,7 @@ class Shard(NamedTuple):
 
     kind: "stacked", or for an expert of a list "present" or "absent". shape: of the whole parameter. first: the first
     expert held, or the number of the list's expert. scale, replicas: see gradients.gradient_of. dtensor: it is one.
+    where: the same for the compiler (Place.text).
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Shard(NamedTuple):
     scale: float
     replicas: str
     dtensor: bool = False
+    where: str = ""
 
 
 def expert_range(num_experts: int, ep: int, rank: int) -> tuple[int, int]:
@@ -133,7 +135,8 @@ def _plan(
             kind = "stacked" if expert is None else "present" if first <= expert < last else "absent"
             dtensor = _check_dtensor(full, p, kind, parallel)
             place = first if expert is None else expert
-            shard = Shard(kind, tuple(p.shape), group.num_experts, place, parallel.ep, *gradient, dtensor)  # type: ignore[union-attr]
+            where = Place(group.num_experts, place, parallel.ep, tuple(p.shape)).text  # type: ignore[union-attr]
+            shard = Shard(kind, tuple(p.shape), group.num_experts, place, parallel.ep, *gradient, dtensor, where)  # type: ignore[union-attr]
             plan.setdefault(path, {})[name] = shard
     return plan
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import combine, experts, registry
+from . import combine, experts, quantize_dispatch, registry
 from ._register import register_op
 from .comm import exchange, payload
 from .comm.setup import local_range
@@ -26,10 +26,9 @@ SCHEMA = (
     "Tensor[] biases, str program, str weight_layout, str bias_layout, int top_k, ScalarType? out_dtype, str comm, str experts, "
     "str parallel) -> Tensor out_TO"
 )
-EXACT_BYTES = 64 << 20  # of rows for all possible slots, above which their true number is read back (never under capture)
 
 
-def _kernel(
+def run(
     x_TH: Any, ids_TK: Any, moved: list[Any], w_at: int, inner_at: int, combine_weights: Any, weights: list[Any], biases: list[Any],
     program: str, weight_layout: str, bias_layout: str, top_k: int, out_dtype: Any, comm: str, provider: str, parallel: str,
 ) -> Any:  # fmt: skip
@@ -43,33 +42,31 @@ def _kernel(
     kernels = registry.get("experts", provider).kernels
     out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
     if experts.SORTED in kernels and own.format == "standard":
-        return own.collect_slots(*_sorted(call, kernels, got), w, got.handle, out_dtype)
+        return own.collect_slots(*_sorted(call, kernels, got, own.setup), w, got.handle, out_dtype)
     y_RO = torch.ops.moe_compile.permute_experts_combine(
         rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider
     )
     return own.collect(y_RO, got.handle, out_dtype, combine_weights)
 
 
-def _sorted(call: experts.Call, kernels: Any, got: Any) -> tuple[Any, Any]:
+def _sorted(call: experts.Call, kernels: Any, got: Any, setup: Any) -> tuple[Any, Any]:
     """(y of the slots that have an expert [S or more, O], in sorted order; int32 places [R, K] of the slots in it, -1 for none)."""
     order, slots = call.order, call.order.shape[0]
     places = torch.empty_like(order, dtype=torch.int32)
     places[order] = torch.arange(slots, dtype=torch.int32, device=order.device)
     places = torch.where(got.ids.reshape(-1) >= 0, places, -1).view(got.ids.shape)
-    used = _used(call, got)
+    used = _used(call, got, setup)
     call = call if used is None else experts.with_order(call, order[:used])
     return kernels[experts.SORTED](call), places
 
 
-def _used(call: experts.Call, got: Any) -> int | None:
-    """How many slots have an expert: known on the host, or read there where the worst case is large."""
-    if got.metadata is not None and got.metadata.counts_cpu is not None:
-        return sum(got.metadata.counts_cpu)
-    if call.order.shape[0] * call.x.shape[1] * call.x.element_size() <= EXACT_BYTES:
+def _used(call: experts.Call, got: Any, setup: Any) -> int | None:
+    """How many slots have an expert, where the worst case is large; None under capture, and where that is no matter."""
+    if call.order.shape[0] * call.x.shape[1] * call.x.element_size() <= quantize_dispatch.EXACT_BYTES:
         return None
     if call.x.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    return int(call.offsets[-1].item()) if call.offsets.shape[0] else 0
+    return quantize_dispatch.used_slots(got, call.offsets, setup)
 
 
 def _result_dtype(call: experts.Call, w: Any, combine_weights: Any, out_dtype: Any) -> Any:
@@ -93,4 +90,4 @@ def _num_local(weights: list[Any], layout: str) -> int:
     return int(entry.partition("*")[2]) if "*" in entry else int(weights[0].shape[0])
 
 
-OP = register_op(SCHEMA, _kernel, _fake)
+OP = register_op(SCHEMA, run, _fake)

@@ -11,16 +11,18 @@ compute with.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from ._register import Op, below_autograd, register_op
 
-SHARD_SCHEMA = "expert_shard(Tensor local_EX, int num_experts, int first, int ep) -> Tensor"
-PRESENT_SCHEMA = "present_expert(Tensor param, int expert, int num_experts, int ep) -> Tensor"
-ABSENT_SCHEMA = "absent_expert(Tensor anchor, int[] shape, int expert, int num_experts, int ep) -> Tensor"
+# where: Place.text. A text, as Dynamo takes numbers that differ from module to module for variables.
+SHARD_SCHEMA = "expert_shard(Tensor local_EX, str where) -> Tensor"
+PRESENT_SCHEMA = "present_expert(Tensor param, str where) -> Tensor"
+ABSENT_SCHEMA = "absent_expert(Tensor anchor, str where) -> Tensor"
 WAY_OUT = (
     "run this model through moe_compile.compile(model, parallel=...), whose report says why a block was not rewritten, "
     "or leave these parameters out with shard_experts(..., experts=[...]); named_parameters() and state_dict() give this "
@@ -33,29 +35,57 @@ def spread(what: str, num_experts: int, ep: int) -> NoReturn:
     raise RuntimeError(f"{what}: {num_experts} experts are spread over {ep} ranks, and no rank holds them all; {WAY_OUT}")
 
 
-def _shard_kernel(local_EX: Any, num_experts: int, first: int, ep: int) -> NoReturn:
-    held = f"experts {first} to {first + local_EX.shape[0] - 1} of a parameter [{num_experts}, ...]"
-    spread(f"this rank holds {held} and its code reads all", num_experts, ep)
+class Place(NamedTuple):
+    """Where a parameter's experts are. first: the first one held, or the number of a list's expert. shape: of the whole parameter."""
+
+    num_experts: int
+    first: int
+    ep: int
+    shape: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        return f"{self.num_experts} experts,first {self.first},ep {self.ep},shape {'x'.join(map(str, self.shape))}"
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Raises ValueError for what is no Place.text."""
+        found = _PLACE.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} does not say where experts are; take it from Place(...).text")
+        num_experts, first, ep, shape = found.groups()
+        return cls(int(num_experts), int(first), int(ep), tuple(int(n) for n in shape.split("x") if n))
 
 
-def _present_kernel(param: Any, expert: int, num_experts: int, ep: int) -> NoReturn:
-    spread(f"expert {expert} of a list would see this rank's tokens only", num_experts, ep)
+_PLACE = re.compile(r"(\d+) experts,first (\d+),ep (\d+),shape ([\dx]*)")
 
 
-def _absent_kernel(anchor: Any, shape: list[int], expert: int, num_experts: int, ep: int) -> NoReturn:
-    spread(f"a parameter {list(shape)} of expert {expert} of a list is held by another rank", num_experts, ep)
+def _shard_kernel(local_EX: Any, where: str) -> NoReturn:
+    place = Place.parse(where)
+    held = f"experts {place.first} to {place.first + local_EX.shape[0] - 1} of a parameter [{place.num_experts}, ...]"
+    spread(f"this rank holds {held} and its code reads all", place.num_experts, place.ep)
 
 
-def _shard_fake(local_EX: Any, num_experts: int, first: int, ep: int) -> Any:
-    return local_EX.new_empty((num_experts, *local_EX.shape[1:]))
+def _present_kernel(param: Any, where: str) -> NoReturn:
+    place = Place.parse(where)
+    spread(f"expert {place.first} of a list would see this rank's tokens only", place.num_experts, place.ep)
 
 
-def _present_fake(param: Any, expert: int, num_experts: int, ep: int) -> Any:
+def _absent_kernel(anchor: Any, where: str) -> NoReturn:
+    place = Place.parse(where)
+    spread(f"a parameter {list(place.shape)} of expert {place.first} of a list is held by another rank", place.num_experts, place.ep)
+
+
+def _shard_fake(local_EX: Any, where: str) -> Any:
+    return local_EX.new_empty((Place.parse(where).num_experts, *local_EX.shape[1:]))
+
+
+def _present_fake(param: Any, where: str) -> Any:
     return torch.empty_like(param)
 
 
-def _absent_fake(anchor: Any, shape: list[int], expert: int, num_experts: int, ep: int) -> Any:
-    return anchor.new_empty(shape)
+def _absent_fake(anchor: Any, where: str) -> Any:
+    return anchor.new_empty(Place.parse(where).shape)
 
 
 class _Placed(torch.autograd.Function):
@@ -131,19 +161,19 @@ def reader(name: str, kind: str) -> Callable[[Any], Any]:
         if not torch.compiler.is_compiling():
             return Elsewhere.of(local, shard.shape, f"all of {name}", shard.num_experts, shard.ep)
         local = local.to_local() if shard.dtensor else local
-        return SHARD.overload(local, shard.num_experts, shard.first, shard.ep)
+        return SHARD.overload(local, shard.where)
 
     def present(self: Any) -> Any:
         shard, param = self._moe_compile_shards[name], self._parameters[name]
         if not torch.compiler.is_compiling():
             return Elsewhere.of(param, shard.shape, f"{name} of expert {shard.first}", shard.num_experts, shard.ep)
-        return PRESENT.overload(param, shard.first, shard.num_experts, shard.ep)
+        return PRESENT.overload(param, shard.where)
 
     def absent(self: Any) -> Any:
         shard, anchor = self._moe_compile_shards[name], self._buffers[ANCHOR + name]
         if not torch.compiler.is_compiling():
             return Elsewhere.of(anchor, shard.shape, f"{name} of expert {shard.first}", shard.num_experts, shard.ep)
-        return ABSENT.overload(anchor, shard.shape, shard.first, shard.num_experts, shard.ep)
+        return ABSENT.overload(anchor, shard.where)
 
     return {"stacked": stacked, "present": present, "absent": absent}[kind]
 
@@ -151,6 +181,6 @@ def reader(name: str, kind: str) -> Callable[[Any], Any]:
 def sample_inputs(device: str = "cpu", dtype: Any = torch.float32) -> Iterator[tuple[Op, tuple[Any, ...]]]:
     """(op, arguments) of each op, two of four experts held."""
     held = torch.ones((2, 3, 5), device=device, dtype=dtype)
-    yield SHARD, (held, 4, 2, 2)
-    yield PRESENT, (held[0], 1, 4, 2)
-    yield ABSENT, (held.new_empty(0), [3, 5], 1, 4, 2)
+    yield SHARD, (held, Place(4, 2, 2, (4, 3, 5)).text)
+    yield PRESENT, (held[0], Place(4, 1, 2, (3, 5)).text)
+    yield ABSENT, (held.new_empty(0), Place(4, 1, 2, (3, 5)).text)

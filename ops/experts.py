@@ -48,7 +48,7 @@ TOLERANCE = {
 class Call:
     """The arguments of one call, prepared for a provider.
 
-    x [T, H]; order int64 [N], slots sorted by expert, slots of no expert last; offsets int32 [E], end of each expert's
+    x [T, H]; order int64 [N], slots sorted by expert, slots of no expert last or left out; offsets int32 [E], end of each expert's
     run in order; topk_weights [T, K] or None; values: the type of each step of the program. combined: the slots are
     summed too, with combine_weights [T, K] or None (experts_combine.py).
     """
@@ -140,9 +140,9 @@ def _kernel(*args: Any) -> Any:
 
 def check_slots(call: Call) -> None:
     slots = call.x.shape[0] * call.top_k
-    if call.order.numel() != slots or call.order.dtype != torch.int64 or call.offsets.dtype != torch.int32:
+    if call.order.dim() != 1 or call.order.numel() > slots or call.order.dtype != torch.int64 or call.offsets.dtype != torch.int32:
         raise ValueError(
-            f"order must be int64 [{slots}] (T*K) and offsets int32 [E], got {call.order.dtype} "
+            f"order must be int64 of up to {slots} slots (T*K) and offsets int32 [E], got {call.order.dtype} "
             f"{tuple(call.order.shape)} and {call.offsets.dtype}; take them from quantize_dispatch"
         )
 

@@ -101,7 +101,8 @@ def forward_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, list[An
 
 def _forward(call: Call, saved: dict[int, Any]) -> Any:
     tokens, top_k, width = call.out_shape
-    y_NO = call.x.new_empty((tokens * top_k, width), dtype=call.values[-1].dtype)
+    left_out = tokens * top_k > call.order.shape[0]
+    y_NO = (call.x.new_zeros if left_out else call.x.new_empty)((tokens * top_k, width), dtype=call.values[-1].dtype)
     rows = Rows(call)
     products = Products(call.weights, call.offsets, rows.blocks, inner_products(call.program))
     for block in rows.blocks:

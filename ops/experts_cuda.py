@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from . import registry
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, NAME, SAVING, SORTED, Call, empty_grads
+from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, NAME, SAVING, SORTED, Call, empty_grads
 from .infer import product_dtypes
 from .layout import Slot
 from .program import parse
@@ -70,7 +70,22 @@ class Grouped:
     def to_slots(self, rows: Any) -> Any:
         """Rows in slot order, those of no expert zero."""
         rows = rows.masked_fill(self.no_expert_N1, 0)
-        return rows.new_empty(rows.shape).index_copy_(0, self.call.order, rows)
+        slots = self.call.x.shape[0] * self.call.top_k
+        left_out = slots > self.call.order.shape[0]
+        y_NO = rows.new_zeros((slots, rows.shape[1])) if left_out else rows.new_empty(rows.shape)
+        return y_NO.index_copy_(0, self.call.order, rows)
+
+    def scale(self) -> Any:
+        """The combine's weight of each row [N, 1], or None."""
+        weights = self.call.combine_weights
+        return None if weights is None else weights.reshape(-1, 1).index_select(0, self.call.order)
+
+    def sum_of_tokens(self, rows: Any, out_dtype: Any) -> Any:
+        """out [T, O]: each token's rows, weighed, added in float32 or wider in any order (in one, if torch is asked for determinism)."""
+        wide, scale = torch.promote_types(rows.dtype, torch.float32), self.scale()
+        rows = rows.to(wide) if scale is None else rows * scale.to(wide)
+        out_TO = rows.new_zeros((self.call.x.shape[0], rows.shape[1]))
+        return out_TO.index_add_(0, self.tokens, rows.masked_fill_(self.no_expert_N1, 0)).to(out_dtype)
 
 
 def aligned(matrix: Any) -> Any:
@@ -101,16 +116,39 @@ def forward_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, list[An
     return grouped.to_slots(rows).view(call.out_shape), [values[index].contiguous() for index in kept]
 
 
+def forward_combined(call: Call, out_dtype: Any) -> Any:
+    """out [T, O]: rows stay sorted by expert up to their token's sum."""
+    return forward_combined_saving(call, out_dtype, [False] * len(call.parameters()))[0]
+
+
+def forward_combined_saving(call: Call, out_dtype: Any, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:
+    """out, and the products that the backward reads."""
+    grouped = Grouped(call)
+    values = evaluate(call.program, grouped.reads(grouped.mm))
+    rows = values[-1].expand(call.order.shape[0], call.values[-1].width)
+    kept = reverse_plan(call.program, call.needs(needs_grad), keep=True).kept
+    return grouped.sum_of_tokens(rows, out_dtype), [values[index].contiguous() for index in kept]
+
+
+def backward_combined(call: Call, grad_TO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
+    """Gradients in call.parameters() order, the combine's weights last."""
+    return _backward(call, lambda grouped: grad_TO.index_select(0, grouped.tokens), saved, needs_grad)
+
+
 def backward(call: Call, grad_NO: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     """Gradients in call.parameters() order; weight gradients by grouped_mm over the rows, x summed in float32."""
+    return _backward(call, lambda grouped: grad_NO.index_select(0, call.order), saved, needs_grad)
+
+
+def _backward(call: Call, grad_of: Callable[[Grouped], Any], saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     plan = reverse_plan(call.program, call.needs(needs_grad), keep=bool(saved))
     kept = dict(zip(plan.kept, saved, strict=True))
     grouped = Grouped(call)
     reads = grouped.reads(lambda index, rows: kept[index] if index in kept else grouped.mm(index, rows))
     values = evaluate(call.program, reads, plan)
     sums = Sums(grouped, needs_grad)
-    dx, dw, _ = reverse(call.program, call.values, values, grad_NO.index_select(0, call.order), plan, sums.adjoints())
-    return sums.finish(dx, dw)
+    found = reverse(call.program, call.values, values, grad_of(grouped), plan, sums.adjoints(), grouped.scale())
+    return sums.finish(found.x, found.w, found.scale)
 
 
 class Sums:
@@ -156,14 +194,17 @@ class Sums:
                 target.copy_(part)
             self.written[at] = True
 
-    def finish(self, dx_NH: Any, dw_N1: Any) -> list[Any]:
-        """Puts the gradients of x and topk_weights, and zeroes what nothing flowed into."""
+    def finish(self, dx_NH: Any, dw_N1: Any, dscale_N1: Any) -> list[Any]:
+        """Puts the gradients of x and of both weights, and zeroes what nothing flowed into."""
         if dx_NH is not None:
             by_slot = self.grouped.to_slots(dx_NH).view(-1, self.call.top_k, dx_NH.shape[1])
             self.grads[0].copy_(by_slot.sum(1, dtype=torch.promote_types(dx_NH.dtype, torch.float32)))
         if dw_N1 is not None:
             self.grads[1].copy_(self.grouped.to_slots(dw_N1).view(self.grads[1].shape))
         self.written[:2] = [dx_NH is not None, dw_N1 is not None]
+        if dscale_N1 is not None:
+            self.grads[-1].copy_(self.grouped.to_slots(dscale_N1).view(self.grads[-1].shape))
+            self.written[-1] = True
         for grad, written in zip(self.grads, self.written, strict=True):
             if not written:
                 grad.zero_()
@@ -206,7 +247,15 @@ PROVIDER = registry.register(
     registry.Provider(
         "cuda_grouped_mm",
         "experts",
-        {NAME: forward, SORTED: forward_sorted, SAVING: forward_saving, BACKWARD: backward},
+        {
+            NAME: forward,
+            SORTED: forward_sorted,
+            SAVING: forward_saving,
+            BACKWARD: backward,
+            COMBINED: forward_combined,
+            COMBINED_SAVING: forward_combined_saving,
+            COMBINED_BACKWARD: backward_combined,
+        },
         cost,
         supports,
     )

@@ -1,6 +1,6 @@
 """Stage op quantize_dispatch: which slots each expert has, and (for comm providers that move rows) their rows.
 
-order    slot numbers n = t*K + k sorted stably by expert; slots whose id is not in [0, E) come last
+order    slot numbers n = t*K + k sorted stably by expert; slots whose id is not in [0, E) come last, or (over ranks) are left out
 offsets  end of each expert's run in order, the `offs` of torch's grouped_mm
 
 Over ranks (`parallel` is a setup text, comm/setup.py) the rows are those that this rank received, R of them, and order, offsets and
@@ -30,6 +30,7 @@ BACKWARD_SCHEMA = (
     "(Tensor dx_TH, Tensor[] dweights_TK)"
 )
 QUANT = ("none", "fp8")
+EXACT_BYTES = 64 << 20  # of rows for all slots that could come, above which their true number is read back
 
 
 def counting_sort(ids_TK: Any, num_experts: int, in_range: bool = False) -> tuple[Any, Any]:
@@ -69,7 +70,25 @@ def _over_ranks(x_TH: Any, ids_TK: Any, weights: list[Any], own: Any) -> tuple[A
     got = own.dispatch(x_TH, ids_TK, weights)
     first, end = local_range(own.setup.num_experts, own.world, own.rank)
     order, offsets = counting_sort(got.ids, end - first)
+    if exact(own.setup, got.ids.shape[1], own.rows_known):
+        order = order[: used_slots(got, offsets, own.setup)].clone()
     return got.rows, got.scales, order, offsets, got.handle, got.weights
+
+
+def used_slots(got: Any, offsets: Any, setup: Setup) -> int:
+    """Received slots with an expert of this rank: from the host's counts where these count each slot, else read from the device."""
+    counts = None if got.metadata is None else got.metadata.counts_cpu
+    if counts is not None and setup.ids_valid:
+        return sum(counts)
+    return int(offsets[-1].item()) if offsets.shape[0] else 0
+
+
+def exact(setup: Setup, slots: int, rows_known: bool) -> bool:
+    """Does order name the slots with an expert alone? Where the host learns their number anyway, and where those of the worst case
+    would be large; never where nothing may be read back."""
+    if not rows_known or setup.cuda_graphs:
+        return not rows_known
+    return setup.world * setup.max_tokens * slots * setup.hidden * setup.torch_dtype.itemsize > EXACT_BYTES
 
 
 def _fake(
@@ -87,12 +106,13 @@ def _fake_over_ranks(x_TH: Any, ids_TK: Any, weights: Sequence[Any] | None, prov
     count = kernels[exchange.RECEIVED](x_TH.shape[0], setup)
     rows = dynamic_size(x_TH) if count is None else count
     slots = kernels[exchange.SLOTS](setup) if exchange.SLOTS in kernels else ids_TK.shape[1]
+    known = count is not None
     first, end = local_range(setup.num_experts, setup.world, torch.distributed.get_rank(setup.process_group))
     fp8 = setup.quant == "fp8"
     return (
         x_TH.new_empty((rows, x_TH.shape[1]), dtype=torch.float8_e4m3fn if fp8 else x_TH.dtype),
         x_TH.new_empty((rows, -(-x_TH.shape[1] // exchange.SCALE_BLOCK)) if fp8 else (0,), dtype=torch.float32),
-        ids_TK.new_empty((rows * slots,), dtype=torch.int64),
+        ids_TK.new_empty((dynamic_size(x_TH) if exact(setup, slots, known) else rows * slots,), dtype=torch.int64),
         ids_TK.new_empty((end - first,), dtype=torch.int32),
         kernels[exchange.HANDLE](x_TH, ids_TK, rows, setup),
         [w.new_empty((rows, slots)) for w in weights or ()] if exchange.SLOTS not in kernels else [],

@@ -3,7 +3,7 @@
 Before:   y = permute_experts_unpermute(x, order, offsets, ...); out = combine(y, w, handle, dtype, "local")
 After:    out = permute_experts_combine(x, order, offsets, ..., w, dtype, provider)
 
-Over ranks, in inference, all three become one: out = exchange_experts(x, ids, w, ...).
+Over ranks, in inference, all three become one: out = exchange_experts(x, ids, w, ...), beside which other work may go on (overlap.py).
 
 The graph that users see and compare has the stages; moe_compile/inductor.py calls this on the way down. An op named *_inline
 is traced through (ops/_register.py): its provider is torch code anyway.
@@ -21,6 +21,7 @@ from moe_compile.ops import experts_combine, inline, quantize_dispatch, registry
 
 from .decisions import tensor_of, writes_in_place
 from .lift.sizes import shape_of
+from .overlap import overlap
 
 
 def fuse(gm: GraphModule) -> int:
@@ -28,7 +29,7 @@ def fuse(gm: GraphModule) -> int:
     count = 0
     for part in [part for part in gm.modules() if isinstance(part, GraphModule)]:
         done = [_replaced(part, n) for n in list(part.graph.nodes) if n.op == "call_function"]
-        count += sum(done)
+        count += sum(done) + overlap(part)
         if any(done):
             part.recompile()
     return count

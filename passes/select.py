@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_compile.config import ParallelConfig
-from moe_compile.ops.comm import costs
+from moe_compile.ops.comm import costs, exchange
 from moe_compile.ops.comm.setup import chunk_size
-from moe_compile.ops.registry import Problem, providers
+from moe_compile.ops.registry import Problem, Provider, providers
 from moe_compile.options import Options
 
 from .decisions import tensor_of
@@ -47,13 +47,14 @@ def choose_for(region: MoERegion, weight_layout: str, options: Options, training
     if parallel is None or parallel.ep == 1:
         return choose(problem)
     asked = over_ranks(problem, parallel, region)
-    comm = choose(asked, ("comm",), parallel.comm)
+    inside = region.formula.inner is not None
+    comm = choose(asked, ("comm",), parallel.comm, weights_inside=inside)
     experts = choose(of_one_rank(problem, parallel), ("experts",))
-    sizes = _sizes_of_choice(asked, parallel, comm.providers["comm"], problem.tokens)
+    sizes = _sizes_of_choice(asked, parallel, comm.providers["comm"], problem.tokens, inside)
     return Choice({**comm.providers, **experts.providers}, {**comm.losers, **experts.losers}, sizes, asked)
 
 
-def _sizes_of_choice(asked: Problem, parallel: ParallelConfig, taken: str, tokens: int | None) -> tuple[int, int] | None:
+def _sizes_of_choice(asked: Problem, parallel: ParallelConfig, taken: str, tokens: int | None, inside: bool) -> tuple[int, int] | None:
     """The exchange is chosen alike for more tokens than the first number and fewer than the second; None if tokens decide nothing.
 
     A graph for any number of tokens is kept to these, so that decode and prefill each get their own.
@@ -62,7 +63,8 @@ def _sizes_of_choice(asked: Problem, parallel: ParallelConfig, taken: str, token
         return None
 
     def same(count: int) -> bool:
-        return choose(dataclasses.replace(asked, tokens=_dispatched(count, parallel)), ("comm",)).providers["comm"] == taken
+        there = dataclasses.replace(asked, tokens=_dispatched(count, parallel))
+        return choose(there, ("comm",), weights_inside=inside).providers["comm"] == taken
 
     least = most = tokens
     while least > 1 and same(least // 2):
@@ -77,12 +79,15 @@ def _dispatched(tokens: int, parallel: ParallelConfig) -> int:
     return -(-tokens // parallel.tp) if parallel.tp > 1 and parallel.tp_dispatch == "slice" else tokens
 
 
-def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts"), wanted: str = "auto") -> Choice:
-    """wanted: the only provider that may be taken, or "auto". Raises LookupError naming every provider's reason where none supports it."""
+def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts"), wanted: str = "auto", weights_inside: bool = False) -> Choice:
+    """wanted: the only provider that may be taken, or "auto". weights_inside: the experts read routing weights.
+
+    Raises LookupError naming every provider's reason where none supports it.
+    """
     chosen, losers = {}, {}
     for stage in stages:
         asked = dataclasses.replace(problem, stage=stage)
-        refusals = {p.name: p.supports(asked) or _not_wanted(p.name, wanted) for p in providers(stage)}
+        refusals = {p.name: p.supports(asked) or _not_brought(p, weights_inside) or _not_wanted(p.name, wanted) for p in providers(stage)}
         able = [p for p in providers(stage) if refusals[p.name] is None]
         if not able:
             known = "" if wanted == "auto" or wanted in refusals else f" (no provider is called {wanted!r})"
@@ -98,6 +103,11 @@ def choose(problem: Problem, stages: tuple[str, ...] = ("comm", "experts"), want
 
 def _slower(cost: float, how: str, best: str, least: float, how_best: str) -> str:
     return f"slower ({cost:.0f} us {how}, {best} {least:.0f}{'' if how == how_best else f' {how_best}'})"
+
+
+def _not_brought(provider: Provider, weights_inside: bool) -> str | None:
+    batched = weights_inside and exchange.SLOTS in provider.kernels
+    return f"{provider.name} does not bring routing weights to the experts, which read them" if batched else None
 
 
 def _not_wanted(name: str, wanted: str) -> str | None:

@@ -2,9 +2,9 @@
 
 A sharded parameter (moe_compile.shard_experts) enters the graph through an op that stands for all experts:
 
-    expert_shard(local, num_experts, first, ep)     [E, ...] of which this rank has some
-    present_expert(param, expert, ...)              one expert's parameter that is here
-    absent_expert(anchor, shape, expert, ...)       one that is on another rank
+    expert_shard(local, where)      [E, ...] of which this rank has some
+    present_expert(param, where)    one expert's parameter that is here
+    absent_expert(anchor, where)    one that is on another rank
 
 The formula is lifted over all of them; rewrite.py then reads what is behind those that are here. None may be left (`check_all_gone`).
 """
@@ -24,6 +24,7 @@ from moe_compile.errors import ParallelError
 from moe_compile.ops import registry
 from moe_compile.ops.comm import exchange
 from moe_compile.ops.comm.setup import Setup, local_range
+from moe_compile.ops.expert_shard import Place
 
 from .lift import Refused
 from .lift.expr import Expr, loads
@@ -194,7 +195,7 @@ def _place_behind_inputs(gm: GraphModule, n: Node) -> None:
 def local_of(n: Node, spread: Spread) -> Node | None:
     """The tensor of this rank behind a mark; None for an absent expert. Raises Refused for a mark that was cut otherwise."""
     kind = n.target.__name__.split(".")[0]  # type: ignore[union-attr]
-    num_experts, ep = int(n.args[-3 if kind == "expert_shard" else -2]), int(n.args[-1])  # type: ignore[arg-type]
+    num_experts, _, ep, _ = Place.parse(str(n.args[1]))
     if (num_experts, ep) != (spread.setup.num_experts, spread.setup.world):
         raise Refused(
             f"a parameter was sharded as {num_experts} experts over ep = {ep}, this block has {spread.setup.num_experts} experts over "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -180,4 +181,31 @@ def replayed(provider: str, seed: int, dtype: torch.dtype, hidden: int, routings
     torch.cuda.synchronize()
     dist.barrier()
     del graph
+    exchange.destroy_all()
+
+
+def too_many_rows() -> None:
+    """All tokens of all ranks go to one expert, which has room for fewer."""
+    num_experts, count, world = 2 * dist.get_world_size(), 6, dist.get_world_size()
+    x, w = torch.ones((count, 16), device=device()), torch.ones((count, 2), device=device())
+    ids = torch.tensor([[1, 2]] * count, device=device())
+    weights = [torch.ones(s, device=device()) for s in ((2, 16, 8), (2, 8, 16))]
+    whole = None
+    for overflow, room in (("drop", 0), ("drop", 4), ("error", 4)):
+        setup = setup_for(16, 2, num_experts, torch.float32, max_tokens=8, capacity=room, overflow=overflow)
+        out = layer("nvlink_batched", x, ids, w, weights, setup, "reference")
+        torch.cuda.synchronize()
+        whole = out if room == 0 else whole
+        assert whole is not None
+        if room:
+            kept = (out / whole).sum() * 2  # slots: each gave the same
+            total = kept.clone() / 16
+            dist.all_reduce(total)
+            assert round(float(total)) == 2 * min(room, world * count), (overflow, float(total))
+        if overflow == "drop":
+            exchange.check_all()
+        else:
+            with pytest.raises(exchange.ExchangeError, match="capacity=4"):
+                exchange.check_all()
+    dist.barrier()
     exchange.destroy_all()

@@ -15,10 +15,13 @@ from corpus.harness import error
 from corpus.hf_zoo import MOE_LAYERS, ZOO, build, first_tensor
 from corpus.styles import CASES
 from exchange_cases import device
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import moe_compile
 from moe_compile.gradients import ddp
-from moe_compile.ops.comm import exchange
+from moe_compile.ops.comm import costs, exchange
 from moe_compile.sharding import shard_experts
 
 
@@ -92,16 +95,153 @@ def fused(name: str, axes: dict[str, Any], limit: float = 1e-5) -> None:
     exchange.destroy_all()
 
 
-def one_step(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
-    """A training step with DDP over sharded experts equals the whole model's step on the mean loss of all batches."""
+def overlapped(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
+    """Exchanges that go on beside the shared experts (as on a GPU) compute the same, and are started before these."""
+    from moe_compile.passes.fuse import fuse
+    from moe_compile.passes.overlap import overlap
+
+    order: list[str] = []
+
+    def compiled_by(gm: Any, inputs: Any) -> Any:
+        fuse(gm)
+        overlap(gm, ("cpu", "cuda"))
+        gm.graph.lint()
+        gm.recompile()
+        order.extend(getattr(n.target, "__name__", str(n.target)) for n in gm.graph.nodes if n.op == "call_function")
+        return gm if inner == "eager" else torch._dynamo.lookup_backend(inner)(gm, inputs)
+
+    parallel = config(**axes)
+    model, kwargs = ZOO[name]()
+    model = model.to(device())
+    whole = copy.deepcopy(model)
+    shard_experts(model, parallel)
+    compiled, _ = compiled_of(model, parallel, compiled_by)
+    for call in range(4):
+        inputs = batch_of(kwargs, 10 * call + dist.get_rank(), 1 + (dist.get_rank() + call) % 3)
+        with torch.no_grad():
+            off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
+        assert off < 1e-5, (name, axes, off)
+    start, finish = order.index("start_exchange.default"), order.index("finish_exchange.default")
+    assert order[start:finish].count("linear") >= 2, order[start : finish + 1]
+    exchange.destroy_all()
+
+
+def graphed(name: str, axes: dict[str, Any]) -> None:
+    """A whole model replayed as CUDA graphs, other tokens each time; shared experts beside the exchange."""
+    parallel = config(**axes)
+    model, kwargs = ZOO[name]()
+    model = model.to(device()).requires_grad_(False)
+    whole = copy.deepcopy(model)
+    shard_experts(model, parallel)
+    torch._dynamo.reset()
+    report = moe_compile.RewriteReport()
+    compiled = moe_compile.compile(model, parallel=parallel, report=report, mode="reduce-overhead")
+    for call in range(6):
+        inputs = batch_of(kwargs, 10 * call + dist.get_rank(), 2)
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
+        assert off < 1e-5, (name, call, off)
+    assert all(region.providers["comm"] == axes["comm"] for region in report.rewritten), str(report)
+    exchange.check_all()
+    torch.cuda.synchronize()
+    dist.barrier()
+    exchange.destroy_all()
+
+
+def by_ddp(model: Any, compiled: Any, parallel: Any) -> Any:
+    return ddp(compiled, parallel)
+
+
+def by_fsdp2(model: Any, compiled: Any, parallel: Any) -> Any:
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params=moe_compile.ignored_parameters(model))
+    return compiled
+
+
+class Sparse(torch.nn.Module):
+    """A plain block with its own number of experts."""
+
+    def __init__(self, num_experts: int, hidden: int = 16) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(num_experts)
+        self.gate = torch.nn.Parameter(torch.randn((num_experts, hidden), generator=g) * 0.5)
+        self.up = torch.nn.Parameter(torch.randn((num_experts, 8, hidden), generator=g) * 0.3)
+        self.down = torch.nn.Parameter(torch.randn((num_experts, hidden, 8), generator=g) * 0.3)
+
+    def forward(self, x: Any) -> Any:
+        weights, ids = torch.topk((x @ self.gate.t()).softmax(-1), 2)
+        h = torch.relu(torch.einsum("tkih,th->tki", self.up[ids], x))
+        return x + (torch.einsum("tkhi,tki->tkh", self.down[ids], h) * weights.unsqueeze(-1)).sum(1)
+
+
+def layers_of_other_sizes() -> None:
+    """Under FSDP2, which makes Dynamo take numbers of modules for variables, a step of layers with different numbers of experts."""
+    parallel = config(dist.get_world_size())
+    model = torch.nn.Sequential(Sparse(4), Sparse(8), Sparse(6)).to(device())
+    whole = copy.deepcopy(model)
+    shard_experts(model, parallel)
+    ignored = moe_compile.ignored_parameters(model)
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    for layer in model:
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    compiled, report = compiled_of(model, parallel)
+    batches = [
+        torch.randn((5 + rank, 16), generator=torch.Generator().manual_seed(rank)).to(device()) for rank in range(parallel.data_ranks)
+    ]
+    compiled(batches[data_rank(parallel)]).square().mean().backward()
+    torch.stack([whole(x).square().mean() / len(batches) for x in batches]).sum().backward()
+    _same("layers of other sizes", model, whole, parallel, dict(model.named_parameters()))
+    assert len(report.rewritten) == 3, str(report)
+    exchange.destroy_all()
+
+
+def sizes_apart() -> list[tuple[int, str]]:
+    """(tokens, exchange) of calls of one compiled model with few and with many tokens; equal on all ranks."""
+    key = costs.Key("cpu", 2, "none")
+    points = {"allgather": {1: 50.0, 4096: 4000.0}, "alltoall": {1: 100.0, 4096: 1000.0}}
+    costs.use(key, costs.Table(costs.Shape(16, 2, 4), "a test", points))
+    parallel = config(2, equal_tokens=True)
+    model = Sparse(8).requires_grad_(False)
+    torch._dynamo.reset()
+    report, found = moe_compile.RewriteReport(), []
+    compiled = moe_compile.compile(shard_experts(copy.deepcopy(model), parallel), inner=_remembers(found), parallel=parallel, report=report)
+    calls = []
+    for tokens in (4, 512, 6, 700, 3):
+        x = torch.randn((tokens, 16), generator=torch.Generator().manual_seed(tokens + dist.get_rank()))
+        assert error(compiled(x), model(x)) < 1e-5
+        calls.append((tokens, found[-1]))
+    costs.forget()
+    exchange.destroy_all()
+    return calls
+
+
+def _remembers(found: list[str]) -> Any:
+    """An inner compiler whose graphs append, when they run, the exchange that they use."""
+
+    def compiled_by(gm: Any, inputs: Any) -> Any:
+        names = [str(n.args[4]) for n in gm.graph.nodes if n.target is torch.ops.moe_compile.quantize_dispatch.default]
+
+        def run(*args: Any) -> Any:
+            found.extend(names)
+            return gm(*args)
+
+        return run
+
+    return compiled_by
+
+
+def one_step(name: str, axes: dict[str, Any], inner: str = "eager", reduced: Any = by_ddp) -> None:
+    """A training step with DDP or FSDP2 over sharded experts equals the whole model's step on the mean loss of all batches."""
     parallel = config(**axes)
     model, kwargs = build(name)
     model = model.to(device())
     whole = copy.deepcopy(model).train()
     shard_experts(model.train(), parallel)
-    local = dict(model.named_parameters())
     compiled, report = compiled_of(model, parallel, inner)
-    wrapped = ddp(compiled, parallel)
+    wrapped = reduced(model, compiled, parallel)
+    local = dict(model.named_parameters())
     optimisers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, whole)]
     for step in range(2):
         batches = [batch_of(kwargs, 10 * step + rank) for rank in range(parallel.data_ranks)]
@@ -125,7 +265,7 @@ def _same(name: str, model: Any, whole: Any, parallel: Any, local: dict[str, Any
     full, rank = dict(whole.named_parameters()), dist.get_rank(parallel.ep_group)
     largest = max(float(p.grad.abs().max()) for p in full.values() if p.grad is not None)
     for n, p in model.named_parameters():
-        got = {"gradient": p.grad, "value": p.detach()}
+        got = {"gradient": _full(p.grad), "value": _full(p.detach())}
         for what, mine in got.items():
             theirs = full[n].grad if what == "gradient" else full[n].detach()
             if theirs is not None and mine is not None and theirs.shape != mine.shape:
@@ -135,6 +275,10 @@ def _same(name: str, model: Any, whole: Any, parallel: Any, local: dict[str, Any
             if mine is not None:
                 off = float((mine - theirs).abs().max()) / (largest if what == "gradient" else 1.0)
                 assert off < 2e-5, (name, n, what, off)
+
+
+def _full(t: Any) -> Any:
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def styles(names: list[str], axes: dict[str, Any], sharded: bool) -> dict[str, str]:

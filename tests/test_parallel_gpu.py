@@ -76,6 +76,27 @@ def test_real_models(ranks: Ranks, name: str) -> None:
     ranks.run(parallel_cases.real_model, name, axes("ep", "auto"), True)
 
 
+@pytest.mark.parametrize("comm", STANDARD)
+def test_shared_experts_beside_an_exchange(ranks: Ranks, comm: str) -> None:
+    ranks.run(parallel_cases.overlapped, "deepseek_v3", axes("ep", comm))
+
+
+@pytest.mark.inductor
+def test_inductor_with_shared_experts_beside_an_exchange(ranks: Ranks) -> None:
+    ranks.run(parallel_cases.overlapped, "deepseek_v3", axes("ep", "nvlink"), "inductor", timeout=300)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("comm", ["nvlink", "allgather"])
+def test_models_in_cuda_graphs(ranks: Ranks, comm: str) -> None:
+    ranks.run(parallel_cases.graphed, "deepseek_v3", axes("ep", comm), timeout=300)
+
+
+def test_rows_beyond_the_capacity_of_an_expert(ranks: Ranks) -> None:
+    """An error at the next call, or left out of the sum where that was asked for."""
+    ranks.run(exchange_cases.too_many_rows)
+
+
 @pytest.mark.inductor
 @pytest.mark.parametrize("comm", STANDARD)
 def test_inductor(ranks: Ranks, comm: str) -> None:

@@ -61,6 +61,15 @@ def test_a_training_step_over_four_ranks_is_that_of_one_process(four: Ranks, lay
     four.run(cases.one_step, "mixtral", LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", ["ep", "ep x dp"])
+def test_a_training_step_under_fsdp2_is_that_of_one_process(four: Ranks, layout: str) -> None:
+    four.run(cases.one_step, "mixtral", LAYOUTS[layout], reduced=cases.by_fsdp2)
+
+
+def test_layers_of_other_sizes_under_fsdp2(two: Ranks) -> None:
+    two.run(cases.layers_of_other_sizes)
+
+
 def test_styles_over_two_ranks(two: Ranks) -> None:
     """The same styles as on one rank are rewritten, and no rank goes another way than the other."""
     for sharded in (False, True):
@@ -78,6 +87,16 @@ def test_a_sharded_block_that_is_not_rewritten_is_an_error_on_every_rank(two: Ra
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_stages_fused_for_inference_give_the_same(two: Ranks, name: str, axes: dict[str, Any]) -> None:
     two.run(cases.fused, name, {"ep": 2, **axes})
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
+def test_shared_experts_beside_an_exchange(two: Ranks, name: str) -> None:
+    two.run(cases.overlapped, name, {"ep": 2})
+
+
+@pytest.mark.inductor
+def test_inductor_keeps_the_two_halves_of_an_exchange_apart(two: Ranks) -> None:
+    two.run(cases.overlapped, "deepseek_v3", {"ep": 2}, "inductor", timeout=300)
 
 
 @pytest.mark.inductor

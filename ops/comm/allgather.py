@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .. import registry
-from . import payload
+from . import collectives, payload
 from .alltoall import payload_support
 from .exchange import EXCHANGE, HANDLE, RECEIVED, Exchange, ExchangeError, Received, marks
 from .setup import Setup, local_range
@@ -54,7 +54,7 @@ class AllGather(Exchange):
         padded = F.pad(rows.view(torch.uint8) if rows.dtype == torch.float8_e4m3fn else rows, (0, 0, 0, room - rows.shape[0]), value=fill)
         out, padded = padded.new_empty((self.world * room, rows.shape[1])), padded.contiguous()
         with self.stage(stage):
-            self.wait(dist.all_gather_into_tensor(out, padded, group=self.group, async_op=True))
+            self.wait(collectives.all_gather(out, padded, group=self.group, async_op=True))
         return out.view(rows.dtype)
 
     def send(self, x_TX: Any, handle: list[Any]) -> Any:
@@ -64,7 +64,7 @@ class AllGather(Exchange):
         tokens = handle[0].shape[0]
         out, rows_RX = rows_RX.new_empty((handle[1].shape[0] // self.world, rows_RX.shape[1])), rows_RX.contiguous()
         with self.stage("combine"):
-            self.wait(dist.reduce_scatter_tensor(out, rows_RX, group=self.group, async_op=True))
+            self.wait(collectives.reduce_scatter(out, rows_RX, group=self.group, async_op=True))
         return out[:tokens].to(out_dtype, copy=True)
 
 

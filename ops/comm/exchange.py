@@ -72,6 +72,7 @@ class Exchange(abc.ABC):
         self.group = setup.process_group
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.ranks = dist.get_process_group_ranks(self.group)
+        self.rows_known = registry.get("comm", self.name).kernels[RECEIVED](0, setup) is not None  # R before the call
 
     @abc.abstractmethod
     def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
@@ -122,10 +123,21 @@ class Exchange(abc.ABC):
         """Lets the current stream wait for a collective, on a CPU (or on_host) this process, at most the setup's timeout."""
         if work is None:
             return
-        if on_host or self.device.type == "cpu":
+        if self.device.type == "cpu":
             work.wait(datetime.timedelta(seconds=self.setup.timeout))
-        else:
-            work.wait()
+            return
+        work.wait()
+        if on_host:
+            self._wait_for_stream()
+
+    def _wait_for_stream(self) -> None:
+        """NCCL's own waiting with a timeout looks once a millisecond; this looks all the time."""
+        done, until = torch.cuda.Event(), time.monotonic() + self.setup.timeout
+        done.record(torch.cuda.current_stream(self.device))
+        while not done.query():
+            if time.monotonic() > until:
+                raise RuntimeError(f"timed out after {self.setup.timeout:g} s")
+            time.sleep(0)
 
 
 _exchanges: dict[tuple[str, str, Any], Exchange] = {}

@@ -281,10 +281,11 @@ class LibraryExchange(Exchange):
             raise ExchangeError(f"{self.name}: this exchange was destroyed; exchange_of makes a new one")
         return self._held
 
-    def check(self) -> None:
-        if self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            with self.calling("check"):
-                torch.cuda.current_stream(self.device).query()
+    def check(self, stage: str = "check") -> None:
+        if self.device.type == "cuda":
+            with self.calling(stage):
+                if not torch.cuda.is_current_stream_capturing():
+                    torch.cuda.current_stream(self.device).query()
 
     def destroy(self) -> None:
         key, self._key, self._held = self._key, None, None

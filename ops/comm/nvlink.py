@@ -186,5 +186,5 @@ def cap(setup: Setup) -> int:
     return min(MAX_TOKENS // 128 * 128, max(LEAST_CHUNK, most // 128 * 128))
 
 
-KERNELS = {EXCHANGE: Nvlink, RECEIVED: received, HANDLE: handle_like, CAP: cap}
+KERNELS: dict[str, Any] = {EXCHANGE: Nvlink, RECEIVED: received, HANDLE: handle_like, CAP: cap}
 PROVIDER = registry.register(registry.Provider(NAME, "comm", KERNELS, cost, supports))

@@ -103,5 +103,5 @@ def cap(setup: Setup) -> int:
     return max(1, MAX_BATCHED_SLOTS // setup.top_k)
 
 
-KERNELS = {EXCHANGE: NvlinkBatched, RECEIVED: received, HANDLE: handle_like, SLOTS: slots, CAP: cap}
+KERNELS: dict[str, Any] = {EXCHANGE: NvlinkBatched, RECEIVED: received, HANDLE: handle_like, SLOTS: slots, CAP: cap}
 PROVIDER = registry.register(registry.Provider(NAME, "comm", KERNELS, cost, supports))

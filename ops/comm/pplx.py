@@ -27,7 +27,7 @@ NAME = "pplx"
 COLUMNS = 8  # a row's must be a multiple: 16 bytes
 SCALE_COLUMNS = 512  # an fp8 row's must be a multiple: 16 bytes of scales
 PROCESSORS = 132  # of an H100 or H200
-SPEED = ({2: 500.0, 4: 400.0, 8: 290.0}, {2: 350.0, 4: 250.0, 8: 140.0})  # ranks -> GB/s of all slots' rows, there and back
+SPEED = ({2: 500.0, 4: 350.0, 8: 290.0}, {2: 350.0, 4: 210.0, 8: 140.0})  # ranks -> GB/s of all slots' rows, there and back
 SYNCHRONIZED = "MOE_COMPILE_PPLX_SYNCHRONIZED"  # set to 1: this build's dispatch waits before it takes the next token
 ENTRY = "ops._ops.all_to_all_intranode_create"
 
@@ -69,6 +69,7 @@ class Pplx(BatchedExchange):
         )  # fmt: skip
 
     def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+        self.check("dispatch")
         self.check_tokens(x_TH.shape[0], self.setup.max_tokens)
         if self.held.sent:
             raise ExchangeError(
@@ -102,6 +103,7 @@ class Pplx(BatchedExchange):
         return (wide, None) if self.setup.quant == "none" else payload.quantize_rows(wide, self.setup.quant)
 
     def collect(self, rows_RX: Any, handle: list[Any], out_dtype: Any, weights_TK: Any = None) -> Any:
+        self.check("combine")
         if not self.held.sent:
             raise ExchangeError(f"{NAME} combine: there was no dispatch before it, whose rows it could bring back; they must take turns")
         sent, width, hidden = handle[2], rows_RX.shape[1], self.setup.hidden
@@ -158,7 +160,7 @@ def cost(problem: registry.Problem) -> float:
     """Microseconds: measured on H200s, a row for each slot, in chunks."""
     tokens = problem.max_tokens or problem.tokens or 1024
     chunks = 1 if os.environ.get(SYNCHRONIZED) == "1" else -(-tokens // PROCESSORS)
-    return chunks * 60.0 + libraries.microseconds(problem, (problem.tokens or tokens) * problem.top_k, *SPEED)
+    return chunks * 40.0 + libraries.microseconds(problem, (problem.tokens or tokens) * problem.top_k, *SPEED)
 
 
 def received(tokens: Any, setup: Setup) -> int:

@@ -24,7 +24,7 @@ class ExchangeTimeout(ExchangeError):
         self.stage, self.ranks, self.peer, self.seconds = stage, ranks, peer, seconds
         super().__init__(
             f"{stage} of the nvlink exchange waited {seconds:g} s for rank {peer} of ranks {ranks}. Either that rank died or hangs, or it "
-            "makes fewer exchange calls than the others; results since are not valid. Restart the job, or give a larger timeout_seconds"
+            "makes fewer exchange calls than the others; results since are not valid. Restart the job, or give a larger timeout"
         )
 
 
@@ -34,8 +34,9 @@ class CapacityExceeded(ExchangeError):
     def __init__(self, dropped: int, capacity: int) -> None:
         self.dropped, self.capacity = dropped, capacity
         super().__init__(
-            f"{dropped} rows were dropped in dispatch_batched: one expert got more than batched_capacity={capacity} of them. "
-            "Give a larger batched_capacity: world size * max_tokens is always enough (times top_k if a token may name an expert twice)"
+            f"{dropped} rows were dropped in dispatch_batched: one expert got more than its capacity={capacity} of them. "
+            "Give a larger ParallelConfig.capacity: world size * max_tokens_per_rank is always enough (times top_k if a token may name an "
+            "expert twice)"
         )
 
 
@@ -140,7 +141,7 @@ def _require_room(group: Any, nbytes: int, device: Any) -> None:
     if least < nbytes:
         raise MemoryError(
             f"the nvlink workspace needs {nbytes} bytes ({nbytes / 2**30:.2f} GiB) on each rank; this rank has {free} free, the fullest "
-            f"{least}. Give a smaller max_tokens or batched_capacity, or free memory (torch.cuda.empty_cache()) first"
+            f"{least}. Give a smaller max_tokens_per_rank or capacity, or free memory (torch.cuda.empty_cache()) first"
         )
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .._register import Op, below_autograd, register_op
+from . import collectives
 from .exchange import ExchangeError
 from .setup import Setup
 
@@ -47,7 +48,7 @@ def _join(x_SX: Any, tokens: int, mode: str, world: int, rank: int, parallel: st
             dist.broadcast(out, dist.get_global_rank(group, 0), group=group)
             return out
         out = x_SX.new_empty((x_SX.shape[0] * world, x_SX.shape[1]))
-        dist.all_gather_into_tensor(out, x_SX.contiguous(), group=group)
+        collectives.all_gather(out, x_SX.contiguous(), group=group)
     except RuntimeError as error:
         raise ExchangeError(
             f"join of tokens ({mode}): rank {dist.get_rank()} got no answer from its tensor-parallel group (ranks "
