@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from moe_compile.errors import ParallelError
 from moe_compile.logs import warn_once
+from moe_compile.no_tokens import sizes_open
 from moe_compile.report import RewriteReport
 
 FLAGS = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
@@ -39,16 +40,22 @@ class WithCaptureFlags:
     """Dynamo's frame callback with the capture flags on while it works on a frame, or off if that raises.
 
     report: hears which frames were captured without flags, and forgets what the attempt with flags had put into it.
+    over_ranks: the graph must be right for any number of tokens even if there are none now, as other ranks have some.
     """
 
-    def __init__(self, callback: Callable[..., Any], report: RewriteReport | None = None) -> None:
+    def __init__(self, callback: Callable[..., Any], report: RewriteReport | None = None, over_ranks: bool = False) -> None:
         self._callback = callback
+        self._over_ranks = over_ranks
         self._report = report
         # Dynamo's cache lookup follows this chain to the backend from C, with frame evaluation on: it must be a real
         # attribute, since a Python-level __getattr__ would be handed back to Dynamo as a frame, without end.
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
 
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        with sizes_open(frame.f_locals) if self._over_ranks else contextlib.nullcontext():
+            return self._converted(frame, *args, **kwargs)
+
+    def _converted(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         undo = self._report.checkpoint() if self._report is not None else None
         try:
             with _flags_on():

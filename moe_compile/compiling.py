@@ -59,7 +59,8 @@ def optimize(model: Any, backend: Backend, *, capture_flags: bool = True, **kwar
     context = torch._dynamo.optimize(backend, **kwargs)
     # fullgraph sets the flags by itself, and has nothing to fall back to. A disabled context has no callback.
     if capture_flags and not kwargs["nopython"] and callable(getattr(context, "callback", None)):
-        context.callback = WithCaptureFlags(context.callback, backend.report)
+        parallel = backend.options.parallel
+        context.callback = WithCaptureFlags(context.callback, backend.report, over_ranks=parallel is not None and parallel.ep > 1)
     return context(model)
 
 

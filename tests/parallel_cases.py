@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 import moe_compile
 from moe_compile.gradients import ddp
 from moe_compile.ops.comm import costs, exchange
+from moe_compile.ops.comm.setup import local_range
 from moe_compile.sharding import shard_experts
 
 
@@ -195,6 +196,37 @@ def layers_of_other_sizes() -> None:
     _same("layers of other sizes", model, whole, parallel, dict(model.named_parameters()))
     assert len(report.rewritten) == 3, str(report)
     exchange.destroy_all()
+
+
+def few_tokens(axes: dict[str, Any], counts: list[int], inner: str = "eager") -> None:
+    """Forward and gradients of a block whose ranks have these numbers of tokens, none and fewer than tensor-parallel ranks among them."""
+    parallel = config(**axes)
+    for seed, shift in enumerate(range(len(counts))):
+        model = Sparse(8).to(device())
+        whole = copy.deepcopy(model)
+        shard_experts(model, parallel)
+        compiled, report = compiled_of(model, parallel, inner)
+        inputs = [_tokens_of(rank, counts[(rank + shift) % len(counts)], seed) for rank in range(parallel.data_ranks)]
+        x = inputs[data_rank(parallel)].clone().requires_grad_()
+        wanted = [each.clone().requires_grad_() for each in inputs]
+        out = compiled(x)
+        outs = [whole(each) for each in wanted]
+        out.square().sum().backward()
+        torch.cat(outs).square().sum().backward()
+        mine = data_rank(parallel)
+        assert out.shape == outs[mine].shape
+        assert torch.allclose(out, outs[mine], atol=1e-5), (axes, counts, shift)
+        assert torch.allclose(x.grad, wanted[mine].grad, atol=1e-5), (axes, counts, shift)
+        first, end = local_range(8, parallel.ep, dist.get_rank(parallel.ep_group))
+        for name in ("up", "down"):
+            got, full = dict(model.named_parameters())[name].grad, dict(whole.named_parameters())[name].grad
+            assert torch.allclose(got * parallel.data_ranks, full[first:end], atol=1e-4), (axes, counts, shift, name)
+        assert len(report.rewritten) == 1, str(report)
+        exchange.destroy_all()
+
+
+def _tokens_of(rank: int, count: int, seed: int) -> Any:
+    return torch.randn((count, 16), generator=torch.Generator().manual_seed(100 * seed + rank)).to(device())
 
 
 def sizes_apart() -> list[tuple[int, str]]:

@@ -47,6 +47,11 @@ def test_ranks_may_have_unequal_numbers_of_tokens(four: Ranks) -> None:
     four.run(cases.real_model, "mixtral", {"ep": 4}, True, [2, 1, 3, 5])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_with_no_tokens_or_fewer_than_tensor_parallel_ranks(four: Ranks, layout: str) -> None:
+    four.run(cases.few_tokens, LAYOUTS[layout], [0, 1, 3, 9])
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "olmoe", "jamba", "granitemoe"])
 def test_real_models_over_two_ranks(two: Ranks, name: str) -> None:
     two.run(cases.real_model, name, {"ep": 2}, True)
@@ -97,6 +102,11 @@ def test_shared_experts_beside_an_exchange(two: Ranks, name: str) -> None:
 @pytest.mark.inductor
 def test_inductor_keeps_the_two_halves_of_an_exchange_apart(two: Ranks) -> None:
     two.run(cases.overlapped, "deepseek_v3", {"ep": 2}, "inductor", timeout=300)
+
+
+@pytest.mark.inductor
+def test_inductor_where_a_rank_has_no_tokens(two: Ranks) -> None:
+    two.run(cases.few_tokens, {"ep": 2}, [0, 3], "inductor", timeout=300)
 
 
 @pytest.mark.inductor

@@ -1,0 +1,80 @@
+"""Exchanges are opened when a graph is compiled, and a failure on the device is told at once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule
+
+from moe_compile import opening
+from moe_compile.errors import ParallelError
+from moe_compile.ops.comm import watch
+
+
+def graph_with(provider: str, device: str) -> GraphModule:
+    """quantize_dispatch of x on a device, by a provider."""
+    graph = Graph()
+    x, ids = graph.placeholder("x"), graph.placeholder("ids")
+    with torch._subclasses.FakeTensorMode():
+        x.meta["example_value"] = torch.empty((3, 4), device=device)
+    rows = graph.call_method("relu", (x,))  # says nothing of its own
+    dispatch = torch.ops.moe_compile.quantize_dispatch.default
+    for setup in ("a setup", "a setup", "another"):
+        graph.call_function(dispatch, (rows, ids, 4, "none", provider, [], setup))
+    graph.call_function(dispatch, (rows, ids, 4, "none", "local"))
+    graph.output(rows)
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def test_each_exchange_of_a_graph_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(opening, "exchange_of", lambda *args: opened.append(args))
+    opening.open_exchanges(graph_with("nvlink", "cuda"))
+    assert [(name, setup, device.type) for name, setup, device in opened] == [("nvlink", "a setup", "cuda"), ("nvlink", "another", "cuda")]
+
+
+def test_nothing_is_opened_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "exchange_of", lambda *args: pytest.fail("opened"))
+    opening.open_exchanges(graph_with("alltoall", "cpu"))
+
+
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_no_room_is_an_error_of_the_compilation_with_the_way_out(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    def full(*args: Any) -> None:
+        raise kind("7.50 GiB wanted, 2.00 free")
+
+    monkeypatch.setattr(opening, "exchange_of", full)
+    with pytest.raises(ParallelError, match=r"nvlink: no room.*7\.50 GiB wanted.*max_tokens_per_rank"):
+        opening.open_exchanges(graph_with("nvlink", "cuda"))
+
+
+class Engine:
+    """What watch() asks of an engine."""
+
+    def __init__(self) -> None:
+        self.alive, self.told = True, None
+
+    def failure(self) -> Exception | None:
+        return self.told
+
+
+def test_a_failed_exchange_is_logged_at_once_and_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+    engine, gone = Engine(), Engine()
+    gone.alive = False
+    gone.told = RuntimeError("of a destroyed one")
+    try:
+        watch.watch(engine)
+        watch.watch(gone)
+        engine.told = RuntimeError("collect waited 4 s for rank 1 of ranks [0, 1]")
+        until = time.monotonic() + 5
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+    finally:
+        watch.stop()
+    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [str(engine.told)]
