@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_compile.ops.comm.nvlink_engine import NvlinkEngine
-from moe_compile.ops.comm.symmetric import ExchangeTimeout
+from moe_compile.ops.comm.peer.engine import NvlinkEngine
+from moe_compile.ops.comm.peer.workspace import ExchangeTimeout
 
 
 class Worker:
@@ -46,15 +46,15 @@ class Worker:
         """x, ids and weights of any rank: every rank can make those of all."""
         host = torch.Generator().manual_seed(seed * 64 + rank)
         generator = torch.Generator(self.device).manual_seed(seed * 64 + rank)
-        most, experts, kind = exchange.max_tokens, exchange.num_experts, seed % 7
+        most, experts, kind = exchange.shape.max_tokens, exchange.shape.num_experts, seed % 7
         if tokens is None:
             tokens = (
                 [0, 1, most][int(torch.randint(0, 3, (1,), generator=host))]
                 if kind == 0
                 else int(torch.randint(0, most + 1, (1,), generator=host))
             )
-        x = torch.randn((tokens, exchange.hidden), device=self.device, generator=generator).to(exchange.dtype)
-        ids = torch.rand((tokens, experts), device=self.device, generator=generator).topk(min(exchange.top_k, experts), 1).indices
+        x = torch.randn((tokens, exchange.shape.hidden), device=self.device, generator=generator).to(exchange.shape.dtype)
+        ids = torch.rand((tokens, experts), device=self.device, generator=generator).topk(min(exchange.shape.top_k, experts), 1).indices
         if kind == 1:
             ids = torch.randint(-1, experts + 1, ids.shape, device=self.device, generator=generator)
         if kind == 2:
@@ -69,16 +69,16 @@ class Worker:
         self.bad[index] += (~((a - b).abs() <= tolerance * (1 + b.abs()))).sum()
 
     def check_dispatch(self, exchange: NvlinkEngine, every: list[Any], got: Any) -> None:
-        most, local = exchange.max_tokens, exchange.experts_per_rank
+        most, local = exchange.shape.max_tokens, exchange.shape.experts_per_rank
         for src, (x, ids, weights) in enumerate(every):
-            mine = (ids >= 0) & (ids < exchange.num_experts) & (ids // local == self.rank)
+            mine = (ids >= 0) & (ids < exchange.shape.num_experts) & (ids // local == self.rank)
             sent = mine.any(1).nonzero().squeeze(1)
             rows, n = slice(src * most, (src + 1) * most), sent.shape[0]
-            expected = torch.full((most, exchange.top_k), -1, dtype=torch.int32, device=self.device)
+            expected = torch.full((most, exchange.shape.top_k), -1, dtype=torch.int32, device=self.device)
             expected[:n] = torch.where(mine, ids - self.rank * local, -1)[sent].int()
             self.wrong(0, got.ids[rows], expected)
             plain = got.rows[rows][:n].float()
-            if exchange.quant == "fp8":
+            if exchange.shape.quant == "fp8":
                 plain = (plain.unflatten(1, (-1, 128)) * got.scales[rows][:n].unsqueeze(2)).flatten(1)
                 self.wrong(1, plain, x[sent], 0.08)
             else:
@@ -87,10 +87,10 @@ class Worker:
 
     def expected(self, exchange: NvlinkEngine, x: Any, ids: Any) -> Any:
         """Each rank d returns x * (d + 1), rounded."""
-        valid = (ids >= 0) & (ids < exchange.num_experts)
+        valid = (ids >= 0) & (ids < exchange.shape.num_experts)
         total = torch.zeros(x.shape, device=self.device)
         for d in range(self.world):
-            goes = (valid & (ids // exchange.experts_per_rank == d)).any(1, keepdim=True)
+            goes = (valid & (ids // exchange.shape.experts_per_rank == d)).any(1, keepdim=True)
             total += torch.where(goes, (x.float() * (d + 1)).to(x.dtype).float(), 0)
         return total
 
@@ -108,15 +108,17 @@ class Worker:
                 torch.cuda._sleep(int(1e5) * (self.rank + seed % 3))
             got = exchange.dispatch(x, ids, [weights], copy=seed % 11 == 0)
             self.check_dispatch(exchange, every, got)
-            rows = (got.rows.float() * (self.rank + 1)).to(exchange.dtype) if exchange.quant == "none" else None
+            rows = (got.rows.float() * (self.rank + 1)).to(exchange.shape.dtype) if exchange.shape.quant == "none" else None
             if rows is None:
-                rows = torch.full((exchange.rows, exchange.hidden), float(self.rank + 1), dtype=exchange.dtype, device=self.device)
+                rows = torch.full(
+                    (exchange.shape.rows, exchange.shape.hidden), float(self.rank + 1), dtype=exchange.shape.dtype, device=self.device
+                )
                 x = torch.ones_like(x)
             for _ in range(1 + (seed % 6 == 0)):
-                self.poison(x.shape[0], exchange.hidden)
+                self.poison(x.shape[0], exchange.shape.hidden)
                 out = exchange.collect(rows, got.handle, torch.float32)
                 self.wrong(3, out, self.expected(exchange, x, ids), 1e-5)
-            if seed % 4 == 0 and exchange.quant == "none":
+            if seed % 4 == 0 and exchange.shape.quant == "none":
                 self.check_more(exchange, every, got, x)
         self.report(f"{number} exchanges {options}")
         self.check_replay(exchange, max(1, number // 4))
@@ -126,36 +128,36 @@ class Worker:
         """send of another tensor, and collect with the weighting of slots inside."""
         ids, weights = got.ids.clone(), got.weights[0].clone()
         for _ in range(2):
-            other = exchange.send(-x[:, : exchange.hidden // 2].contiguous(), got.handle)
+            other = exchange.send(-x[:, : exchange.shape.hidden // 2].contiguous(), got.handle)
             for src, (theirs, _, _) in enumerate(every):
-                used = (ids[src * exchange.max_tokens :][: exchange.max_tokens] >= 0).any(1).sum()
+                used = (ids[src * exchange.shape.max_tokens :][: exchange.shape.max_tokens] >= 0).any(1).sum()
                 sent = self.sent(exchange, every[src][1])
-                row = src * exchange.max_tokens + torch.arange(sent.shape[0], device=self.device)
-                self.wrong(4, other[row], -theirs[sent][:, : exchange.hidden // 2])
+                row = src * exchange.shape.max_tokens + torch.arange(sent.shape[0], device=self.device)
+                self.wrong(4, other[row], -theirs[sent][:, : exchange.shape.hidden // 2])
                 self.wrong(4, used, torch.tensor(sent.shape[0], device=self.device))
         used = ids >= 0
         places = torch.where(used, used.flatten().cumsum(0).view_as(ids) - 1, -1).int()
-        slots = torch.randn((int(used.sum()) + 1, exchange.hidden), device=self.device).to(exchange.dtype)
-        rows = (slots[places.clamp(min=0).long()].float() * torch.where(used, weights, 0).unsqueeze(2)).sum(1).to(exchange.dtype)
+        slots = torch.randn((int(used.sum()) + 1, exchange.shape.hidden), device=self.device).to(exchange.shape.dtype)
+        rows = (slots[places.clamp(min=0).long()].float() * torch.where(used, weights, 0).unsqueeze(2)).sum(1).to(exchange.shape.dtype)
         expected = exchange.collect(rows, got.handle, torch.float32)
         self.wrong(5, exchange.collect_slots(slots, places, weights, got.handle, torch.float32), expected, 2e-2)
 
     def sent(self, exchange: NvlinkEngine, ids: Any) -> Any:
-        mine = (ids >= 0) & (ids < exchange.num_experts) & (ids // exchange.experts_per_rank == self.rank)
+        mine = (ids >= 0) & (ids < exchange.shape.num_experts) & (ids // exchange.shape.experts_per_rank == self.rank)
         return mine.any(1).nonzero().squeeze(1)
 
     def check_replay(self, exchange: NvlinkEngine, number: int) -> None:
         """A captured graph of two exchanges on new values and routings, plain calls between the replays."""
-        if exchange.quant != "none":
+        if exchange.shape.quant != "none":
             return
-        tokens = max(1, exchange.max_tokens - 3 * self.rank)
+        tokens = max(1, exchange.shape.max_tokens - 3 * self.rank)
         x, ids, weights = (each.clone() for each in self.inputs(exchange, self.rank, 6, tokens))
 
         def layer() -> Any:
             out = x
             for _ in range(2):
-                got = exchange.dispatch(out.to(exchange.dtype), ids, [weights])
-                out = exchange.collect((got.rows.float() * (self.rank + 1)).to(exchange.dtype), got.handle, torch.float32)
+                got = exchange.dispatch(out.to(exchange.shape.dtype), ids, [weights])
+                out = exchange.collect((got.rows.float() * (self.rank + 1)).to(exchange.shape.dtype), got.handle, torch.float32)
             return out
 
         layer()
@@ -167,11 +169,11 @@ class Worker:
                 static.copy_(fresh)
             out.fill_(float("nan"))
             graph.replay()
-            once = self.expected(exchange, x, ids).to(exchange.dtype)
+            once = self.expected(exchange, x, ids).to(exchange.shape.dtype)
             self.wrong(6, out, self.expected(exchange, once, ids), 2e-2)
             if seed % 3 == 0:
                 layer()
-        self.report(f"{number} graph replays of two exchanges, max_tokens {exchange.max_tokens}")
+        self.report(f"{number} graph replays of two exchanges, max_tokens {exchange.shape.max_tokens}")
 
     def check_storm(self, number: int, **options: Any) -> None:
         """Calls without any sync of the host, ranks delayed at random, so that a buffer used too early would show."""
@@ -188,9 +190,9 @@ class Worker:
             got = exchange.dispatch(x, ids, [weights], copy=True)
             sent = exchange.send(-x, got.handle)
             torch.cuda._sleep([0, 50000, 0, 0][kinds[0]])
-            outs = [exchange.collect((got.rows.float() * (self.rank + 1)).to(exchange.dtype), got.handle, torch.float32)]
+            outs = [exchange.collect((got.rows.float() * (self.rank + 1)).to(exchange.shape.dtype), got.handle, torch.float32)]
             torch.cuda._sleep([0, 0, 50000, 0][kinds[1]])
-            outs.append(exchange.collect((sent.float() * (self.rank + 1)).to(exchange.dtype), got.handle, torch.float32))
+            outs.append(exchange.collect((sent.float() * (self.rank + 1)).to(exchange.shape.dtype), got.handle, torch.float32))
             kept.append((got, sent, outs))
         for each, (got, sent, outs) in zip(every, kept):
             self.check_dispatch(exchange, each, got)
@@ -267,17 +269,17 @@ class Worker:
             x, ids, weights = every[self.rank]
             got = exchange.dispatch_batched(x, ids)
             slots = torch.cat([each.flatten() for _, each, _ in every])
-            source = torch.cat([each.repeat_interleave(exchange.top_k, 0) for each, _, _ in every])
-            for expert in range(exchange.experts_per_rank):
-                rows = source[slots == self.rank * exchange.experts_per_rank + expert]
+            source = torch.cat([each.repeat_interleave(exchange.shape.top_k, 0) for each, _, _ in every])
+            for expert in range(exchange.shape.experts_per_rank):
+                rows = source[slots == self.rank * exchange.shape.experts_per_rank + expert]
                 self.wrong(0, got.rows[expert, : rows.shape[0]], rows)
                 self.wrong(1, got.counts[expert], torch.tensor(rows.shape[0], device=self.device))
-            experts = torch.arange(exchange.experts_per_rank, device=self.device) + self.rank * exchange.experts_per_rank
-            y = (got.rows.float() * (1 + experts[:, None, None])).to(exchange.dtype)
+            experts = torch.arange(exchange.shape.experts_per_rank, device=self.device) + self.rank * exchange.shape.experts_per_rank
+            y = (got.rows.float() * (1 + experts[:, None, None])).to(exchange.shape.dtype)
             for _ in range(1 + seed % 2):
-                self.poison(x.shape[0], exchange.hidden)
+                self.poison(x.shape[0], exchange.shape.hidden)
                 out = exchange.collect_batched(y, weights, got.handle, torch.float32)
-                terms = (x.float()[:, None] * (1 + ids)[:, :, None]).to(exchange.dtype).float() * weights[:, :, None]
+                terms = (x.float()[:, None] * (1 + ids)[:, :, None]).to(exchange.shape.dtype).float() * weights[:, :, None]
                 self.wrong(3, out, terms.sum(1), 1e-4)
             if seed % 3 == 0:
                 plain = exchange.dispatch(x, ids, [weights])
@@ -330,9 +332,9 @@ class Worker:
         args = self.args
         exchange = self.make(max_tokens=tokens, hidden=args.hidden, num_experts=args.experts, top_k=args.top_k)
         x, ids, weights = self.inputs(exchange, self.rank, 5, tokens)
-        rows = torch.randn((exchange.rows, args.hidden), device=self.device).bfloat16()
+        rows = torch.randn((exchange.shape.rows, args.hidden), device=self.device).bfloat16()
         expected = None
-        sent = torch.stack([((ids // exchange.experts_per_rank) == d).any(1).sum() for d in range(self.world)])
+        sent = torch.stack([((ids // exchange.shape.experts_per_rank) == d).any(1).sum() for d in range(self.world)])
         remote = int(sent.sum() - sent[self.rank]) * args.hidden * 2
         self.log(f"T={tokens} world={self.world} remote MB each way {remote / 1e6:.1f} floor {remote / 450e3:.0f} us each way")
         for name, changes in self.variants(tokens):
@@ -368,7 +370,7 @@ class Worker:
         args = self.args
         capacity = self.world * tokens
         exchange = self.make(max_tokens=tokens, hidden=args.hidden, num_experts=args.experts, top_k=args.top_k, batched_capacity=capacity)
-        y = torch.randn((exchange.experts_per_rank, capacity, args.hidden), device=self.device).bfloat16()
+        y = torch.randn((exchange.shape.experts_per_rank, capacity, args.hidden), device=self.device).bfloat16()
         handle = exchange.dispatch_batched(x, ids).handle
         push = self.bench(lambda: exchange.dispatch_batched(x, ids), between=lambda: exchange.collect_batched(y, weights, handle))
         pull = self.bench(lambda: exchange.collect_batched(y, weights, handle), between=lambda: exchange.dispatch_batched(x, ids))
@@ -380,7 +382,7 @@ class Worker:
         got = exchange.dispatch(x, ids, [weights], copy=True)
         used = got.ids >= 0
         places = torch.where(used, used.flatten().cumsum(0).view_as(got.ids) - 1, -1).int()
-        y = torch.randn((int(used.sum()) + 1, exchange.hidden), device=self.device).bfloat16()
+        y = torch.randn((int(used.sum()) + 1, exchange.shape.hidden), device=self.device).bfloat16()
         us = self.bench(
             lambda: exchange.collect_slots(y, places, got.weights[0], got.handle), between=lambda: exchange.dispatch(x, ids, [weights])
         )
@@ -398,7 +400,7 @@ class Worker:
     def times_fp8(self, tokens: int, x: Any, ids: Any, weights: Any) -> None:
         args = self.args
         exchange = self.make(max_tokens=tokens, hidden=args.hidden, num_experts=args.experts, top_k=args.top_k, quant="fp8")
-        rows = torch.randn((exchange.rows, args.hidden), device=self.device).bfloat16()
+        rows = torch.randn((exchange.shape.rows, args.hidden), device=self.device).bfloat16()
         got = exchange.dispatch(x, ids, [weights])
         push = self.bench(lambda: exchange.dispatch(x, ids, [weights]), between=lambda: exchange.collect(rows, got.handle))
         self.log(f"  fp8 dispatch {push:7.1f}")
@@ -406,7 +408,7 @@ class Worker:
 
     def times_nccl(self, tokens: int, x: Any, ids: Any, exchange: NvlinkEngine) -> None:
         """De-duplicated all-to-all with the counts on the host, and all-gather with reduce-scatter."""
-        owner = ids // exchange.experts_per_rank
+        owner = ids // exchange.shape.experts_per_rank
 
         def plan() -> tuple[Any, list[int], list[int]]:
             goes = torch.zeros((tokens, self.world), dtype=torch.bool, device=self.device).scatter_(1, owner, True)

@@ -41,12 +41,14 @@ class Ranks:
     """The exchanges of W ranks over ordinary memory, poisoned."""
 
     def __init__(self, world: int, **options: Any) -> None:
-        from moe_compile.ops.comm import nvlink_engine, nvlink_kernels, symmetric
+        from moe_compile.ops.comm.peer import engine, launch, signals, workspace
 
         settings = {"max_tokens": 8, "hidden": 32, "top_k": 3, "num_experts": 8, "dtype": torch.float32, **options}
-        shape = nvlink_engine.NvlinkEngine.__new__(nvlink_engine.NvlinkEngine)
-        shape.__dict__.update({"quant": "none", "capacity": settings.get("batched_capacity", 0), **settings})
-        layout = symmetric.Layout.of(nvlink_engine._sizes(shape, world, nvlink_kernels.REGIONS))
+        shape = launch.Shape(
+            world, *(settings[n] for n in ("max_tokens", "hidden", "top_k", "num_experts", "dtype")), settings.get("quant", "none"),
+            settings.get("batched_capacity", 0),
+        )  # fmt: skip
+        layout = workspace.Layout.of(shape.region_sizes(signals.REGIONS))
         whole = [torch.full((layout.nbytes + 64 + GUARD,), POISON, dtype=torch.uint8) for _ in range(world)]
         whole = [memory[-memory.data_ptr() % 64 :][: layout.nbytes + GUARD] for memory in whole]
         memories, self.guards = [memory[: layout.nbytes] for memory in whole], [memory[layout.nbytes :] for memory in whole]
@@ -57,16 +59,16 @@ class Ranks:
                 memory[offset : offset + nbytes] = 0
         self.world, self.settings = world, settings
         self.exchanges = [
-            nvlink_engine.NvlinkEngine(
+            engine.NvlinkEngine(
                 None,
-                workspace=symmetric.Workspace(
+                workspace=workspace.Workspace(
                     rank,
                     world,
                     list(range(world)),
                     layout,
                     memory,
                     addresses,
-                    symmetric.new_state("cpu"),
+                    workspace.new_state("cpu"),
                     torch.zeros(8, dtype=torch.int64),
                 ),
                 **settings,
@@ -293,7 +295,7 @@ def items_of_collect() -> None:
     import triton
     import triton.language as tl
 
-    from moe_compile.ops.comm.nvlink_kernels import _kind_of_item
+    from moe_compile.ops.comm.peer.collect import _kind_of_item
 
     globals().update(tl=tl, _kind_of_item=_kind_of_item)  # where the interpreter looks names up
 
@@ -327,7 +329,7 @@ def lags(lag: int, tile: int) -> None:
 
 def batched_once(ranks: Ranks, counts: list[int], seed: int, ids: list[Any] | None = None, overflow: int = 0) -> int:
     """A batched exchange against the plain formula; number of rows dropped."""
-    from moe_compile.ops.comm.symmetric import CapacityExceeded
+    from moe_compile.ops.comm.peer.workspace import CapacityExceeded
 
     x, some, weights = tokens(ranks, counts, seed)
     ids, capacity, world = some if ids is None else ids, ranks.settings["batched_capacity"], ranks.world
@@ -388,7 +390,7 @@ def batched_overflow() -> None:
 @case
 def timeout() -> None:
     """A peer that never sends: the call ends, the next one says who was missing."""
-    from moe_compile.ops.comm.symmetric import ExchangeTimeout
+    from moe_compile.ops.comm.peer.workspace import ExchangeTimeout
 
     ranks = Ranks(2)
     x, ids, _ = tokens(ranks, [4, 4])

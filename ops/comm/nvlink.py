@@ -1,4 +1,4 @@
-"""Provider "nvlink": ours, inside one host, by Triton kernels that write into the peers' memory (nvlink_engine.py, nvlink_kernels.py).
+"""Provider "nvlink": ours, inside one host, by Triton kernels that write into the peers' memory (peer/).
 
 Each token's row goes once to each rank that has one of its experts; the sum on the way back is in float32. Nothing is read on the host,
 so CUDA graphs hold it; all ranks have room for W * max_tokens rows. Weights of the routing travel in float32.
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from .. import registry
 from . import costs
 from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, Exchange, ExchangeError, Received, marks
-from .nvlink_engine import DTYPES, GROUP, MAX_HIDDEN, MAX_RANKS, MAX_TOKENS, NvlinkEngine
+from .peer.checks import DTYPES, MAX_HIDDEN, MAX_RANKS, MAX_TOKENS
+from .peer.engine import NvlinkEngine
+from .peer.launch import GROUP
 from .setup import Setup
 from .watch import watch
 

@@ -15,7 +15,8 @@ from .. import registry
 from . import costs, nvlink
 from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, SLOTS, ExpertTokensMetadata, Received, marks
 from .nvlink import Nvlink, limits, missing, narrowed
-from .nvlink_engine import MAX_BATCHED_SLOTS, NvlinkEngine
+from .peer.checks import MAX_BATCHED_SLOTS
+from .peer.engine import NvlinkEngine
 from .setup import Setup, chunk_size
 
 NAME = "nvlink_batched"

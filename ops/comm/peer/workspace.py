@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .exchange import ExchangeError
+from ..exchange import ExchangeError
 
 ALIGNMENT = 1024  # bytes: of every region
 STATE_WORDS = 32  # int64 words of device state that only this rank's kernels touch
@@ -86,9 +87,10 @@ class Workspace:
             raise ValueError(f"{shape} of {dtype} needs {wanted} bytes, the region {region!r} of the nvlink workspace has {room}")
         return self.memory[offset : offset + wanted].view(dtype).view(shape)
 
-    def status_word(self, index: int) -> int:
-        """A host word as the kernels last wrote it. No sync."""
-        return ctypes.c_int64.from_address(self.status.data_ptr() + 8 * index).value
+    @functools.cached_property
+    def words(self) -> Any:
+        """The host words, as the kernels last wrote them: reading is no sync."""
+        return (ctypes.c_int64 * STATUS_WORDS).from_address(self.status.data_ptr())
 
 
 def new_state(device: Any) -> Any:
