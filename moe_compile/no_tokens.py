@@ -13,8 +13,11 @@ DEPTH = 3  # of lists and dicts of arguments
 
 
 def sizes_open(variables: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """A context in which Dynamo takes the empty dimensions of these tensors for any size, none too."""
-    empty = [t for v in list(variables.values()) for t in _tensors(v, DEPTH) if t.numel() == 0]
+    """A context in which Dynamo takes the empty dimensions of these tensors for any size, none too.
+
+    Of matrices and what has more dimensions: a list of no numbers holds no tokens' rows.
+    """
+    empty = [t for v in list(variables.values()) for t in _tensors(v, DEPTH) if t.dim() > 1 and t.numel() == 0]
     if not empty:
         return contextlib.nullcontext()
     for t in empty:
