@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from moe_compile.ops import combine, payload, quantize_dispatch, registry
-from moe_compile.ops.comm import exchange, libraries
+from moe_compile.ops.comm import exchange, library_exchange
 from moe_compile.ops.comm.setup import Setup
 
 LIMITS = {"none": 1e-2, "fp8": 6e-2}
@@ -264,8 +264,8 @@ def check(provider: str, device: torch.device, hidden: int) -> Worker:
         torch.cuda.synchronize()
     for _ in range(2):
         exchange.destroy_all()
-    if libraries._lent:
-        worker.bad.append(f"not given back: {libraries._lent}")
+    if library_exchange._lent:
+        worker.bad.append(f"not given back: {library_exchange._lent}")
     if not worker.batched:  # made anew
         worker.once([9, 3], "random", True, max_tokens=64)
         exchange.destroy_all()

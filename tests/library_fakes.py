@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moe_compile.ops import payload, quantize_dispatch
-from moe_compile.ops.comm import deepep_ht, deepep_ll, deepep_v2, exchange, libraries, pplx
+from moe_compile.ops.comm import deepep_ht, deepep_ll, deepep_v2, exchange, libraries, library_exchange, pplx
 
 BATCHED = ("deepep_ll", "pplx")
 MODULES = {"deepep_ht": deepep_ht, "deepep_ll": deepep_ll, "deepep_v2": deepep_v2, "pplx": pplx}
@@ -535,7 +535,7 @@ def layers(provider: str, seed: int, routings: tuple[str, ...], backward: bool, 
         exchange.destroy_all()
         exchange.destroy_all()
         assert not ALIVE
-        assert not libraries._lent
+        assert not library_exchange._lent
     return shared
 
 

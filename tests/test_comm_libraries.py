@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from moe_compile.ops.comm import deepep_ht, deepep_ll, libraries, pplx
+from moe_compile.ops.comm import deepep_ht, deepep_ll, libraries, library_rows, pplx
 from moe_compile.ops.comm.setup import Setup
 from moe_compile.ops.registry import Problem
 
@@ -284,21 +284,21 @@ def test_more_tokens_than_a_call_takes_go_in_chunks(monkeypatch: pytest.MonkeyPa
 
 def test_repeated_ids() -> None:
     ids = torch.tensor([[3, 3, 1, 3], [0, 1, 2, 3], [-1, 5, -1, 5]])
-    last = libraries.last_slots(ids)
+    last = library_rows.last_slots(ids)
     assert last.tolist() == [[3, 3, 2, 3], [0, 1, 2, 3], [2, 3, 2, 3]]
-    assert libraries.without_repeats(ids, last).tolist() == [[-1, -1, 1, 3], [0, 1, 2, 3], [-1, -1, -1, 5]]
-    assert libraries.clean_ids(ids, 3, torch.int64).tolist() == [[-1, -1, 1, -1], [0, 1, 2, -1], [-1, -1, -1, -1]]
-    assert libraries.clean_ids(ids[:, :1].expand(-1, 4).t(), 3, torch.int64).is_contiguous()
+    assert library_rows.without_repeats(ids, last).tolist() == [[-1, -1, 1, 3], [0, 1, 2, 3], [-1, -1, -1, 5]]
+    assert library_rows.clean_ids(ids, 3, torch.int64).tolist() == [[-1, -1, 1, -1], [0, 1, 2, -1], [-1, -1, -1, -1]]
+    assert library_rows.clean_ids(ids[:, :1].expand(-1, 4).t(), 3, torch.int64).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (2, 16), (1, 1)])
 def test_rows_survive_as_bytes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     rows = (torch.randn(shape) * 100).to(dtype)
-    packed = libraries.pack(rows, 32)
+    packed = library_rows.pack(rows, 32)
     assert packed.dtype == torch.bfloat16
     assert packed.shape[1] * 2 % 32 == 0
-    assert libraries.unpack(packed, shape[1], dtype).view(torch.uint8).equal(rows.view(torch.uint8))
+    assert library_rows.unpack(packed, shape[1], dtype).view(torch.uint8).equal(rows.view(torch.uint8))
 
 
 def test_the_tools_of_a_toolkit_are_found(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

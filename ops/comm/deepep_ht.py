@@ -20,7 +20,8 @@ import torch
 from .. import registry
 from . import libraries, payload
 from .exchange import EXCHANGE, HANDLE, RECEIVED, ExpertTokensMetadata, Received, marks
-from .libraries import LibraryExchange, clean_ids, pack, unpack
+from .library_exchange import LibraryExchange
+from .library_rows import clean_ids, pack, unpack, widen
 from .setup import Setup
 
 NAME = "deepep_ht"
@@ -103,7 +104,7 @@ class HighThroughput(LibraryExchange):
         narrow = width <= MOST_SLOTS and (rows_RX.dtype != torch.bfloat16 or width == self.setup.top_k)
         if not narrow:
             self.check_sum(rows_RX)
-        rows = rows_RX.new_zeros((rows_RX.shape[0], 2 * SUM_STEP), dtype=torch.bfloat16) if narrow else libraries.widen(rows_RX, SUM_STEP)
+        rows = rows_RX.new_zeros((rows_RX.shape[0], 2 * SUM_STEP), dtype=torch.bfloat16) if narrow else widen(rows_RX, SUM_STEP)
         numbers = rows_RX.float().contiguous() if narrow else None
         with self.calling("combine"):
             out, out_numbers, _ = self.held.combine(rows, tuple(handle[2:]), topk_weights=numbers, config=self.combine_config)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from .. import registry
-from . import libraries
+from . import libraries, library_exchange
 from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, SLOTS, ExpertTokensMetadata, Received, marks
-from .libraries import BatchedExchange, clean_ids, last_slots, without_repeats
+from .library_exchange import BatchedExchange
+from .library_rows import clean_ids, last_slots, without_repeats
 from .setup import Setup
 
 NAME = "deepep_ll"
@@ -140,7 +141,7 @@ def cost(problem: registry.Problem) -> float:
 
 
 def received(tokens: Any, setup: Setup) -> int:
-    return libraries.batched_rows(setup, room_of(setup, setup.world))
+    return library_exchange.batched_rows(setup, room_of(setup, setup.world))
 
 
 def slots(setup: Setup) -> int:
@@ -151,7 +152,7 @@ def slots(setup: Setup) -> int:
 def handle_like(x_TH: Any, ids_TK: Any, rows: Any, setup: Setup) -> list[Any]:
     local, sent = setup.num_experts // setup.world, ids_TK.new_empty(ids_TK.shape, dtype=torch.int64)
     sources = ids_TK.new_empty((local, rows // local), dtype=torch.int32)
-    own = [libraries.last_like(ids_TK, setup), sources, sent.new_empty((local, setup.world))]
+    own = [library_exchange.last_like(ids_TK, setup), sources, sent.new_empty((local, setup.world))]
     return [*marks(x_TH.shape[0], rows, x_TH), sent, *own]
 
 

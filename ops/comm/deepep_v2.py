@@ -23,7 +23,8 @@ import torch.distributed as dist
 from .. import registry
 from . import libraries, payload
 from .exchange import EXCHANGE, HANDLE, RECEIVED, Received, marks
-from .libraries import LibraryExchange, clean_ids, last_slots, pack, unpack, without_repeats
+from .library_exchange import LibraryExchange
+from .library_rows import clean_ids, last_slots, pack, unpack, widen, without_repeats
 from .setup import Setup
 
 NAME = "deepep_v2"
@@ -128,7 +129,7 @@ class Elastic(LibraryExchange):
         narrow = width == self.setup.top_k and rows_RX.dtype != torch.bfloat16  # each slot's number, from the rank of its expert alone
         if not narrow:
             self.check_sum(rows_RX)
-        rows = rows_RX.new_zeros((rows_RX.shape[0], COLUMNS), dtype=torch.bfloat16) if narrow else libraries.widen(rows_RX, COLUMNS)
+        rows = rows_RX.new_zeros((rows_RX.shape[0], COLUMNS), dtype=torch.bfloat16) if narrow else widen(rows_RX, COLUMNS)
         numbers = rows_RX.float().contiguous() if narrow else None
         with self.calling("combine"):
             out, out_numbers, _ = self.held.combine(rows, handle=self._own(handle, handle[2]), topk_weights=numbers)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from .. import registry
-from . import libraries, payload
+from . import libraries, library_exchange, payload
 from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, SLOTS, ExchangeError, ExpertTokensMetadata, Received, marks
-from .libraries import BatchedExchange
+from .library_exchange import BatchedExchange
 from .setup import Setup
 
 NAME = "pplx"
@@ -164,7 +164,7 @@ def cost(problem: registry.Problem) -> float:
 
 
 def received(tokens: Any, setup: Setup) -> int:
-    return libraries.batched_rows(setup, setup.max_tokens)
+    return library_exchange.batched_rows(setup, setup.max_tokens)
 
 
 def slots(setup: Setup) -> int:
