@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_compile import testing as testing
+    from moe_compile.calibration import calibrate as calibrate
     from moe_compile.checkpoint import gather_state_dict as gather_state_dict
     from moe_compile.checkpoint import load_sharded as load_sharded
     from moe_compile.checkpoint import save_sharded as save_sharded
@@ -43,6 +44,7 @@ _HOMES = {
     "RewriteReport": "moe_compile.report",
     "ParallelError": "moe_compile.errors",
     "ExchangeError": "moe_compile.ops.comm.exchange",
+    "calibrate": "moe_compile.calibration",
     "shard_experts": "moe_compile.sharding",
     "is_sharded": "moe_compile.sharding",
     "expert_parameters": "moe_compile.sharding",
@@ -64,6 +66,7 @@ __all__ = [
     "ParallelConfig",
     "ParallelError",
     "RewriteReport",
+    "calibrate",
     "check_exchanges",
     "clip_grad_norm_",
     "compile",

@@ -165,6 +165,10 @@ def _with_replicas(config: ParallelConfig) -> ParallelConfig:
 
 
 def _remember(config: ParallelConfig) -> ParallelConfig:
+    if config.ep > 1:
+        from moe_compile.calibration import use_kept
+
+        use_kept(config.ep_group)
     _validated.add(id(config))
     _kept.append(config)
     return config

@@ -20,9 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile import calibration
 from moe_compile.gradients import ddp
 from moe_compile.ops.comm import costs, exchange
 from moe_compile.ops.comm.setup import local_range
+from moe_compile.ops.registry import Problem
 from moe_compile.sharding import shard_experts
 
 
@@ -227,6 +229,29 @@ def few_tokens(axes: dict[str, Any], counts: list[int], inner: str = "eager") ->
 
 def _tokens_of(rank: int, count: int, seed: int) -> Any:
     return torch.randn((count, 16), generator=torch.Generator().manual_seed(100 * seed + rank)).to(device())
+
+
+def calibrated() -> tuple[dict[str, list[int]], bool]:
+    """(sizes that calibrate timed of each provider, whether a later configuration finds the same times again)."""
+    problem = Problem("comm", "cpu", torch.float32, 32, num_experts=4, top_k=2, tokens=16, world=dist.get_world_size())
+    table = moe_compile.calibrate(config(2), hidden=32, num_experts=4, top_k=2, dtype=torch.float32, tokens=(4, 64), repeats=3)
+    there = {name: costs.measured(name, problem) for name in table.points}
+    costs.forget()
+    assert costs.measured("alltoall", problem) is None
+    dist.barrier()  # the first rank has written
+    config(2)
+    again = {name: costs.measured(name, problem) for name in table.points}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        calibration.cache_file().write_text("[{]")
+    dist.barrier()
+    costs.forget()
+    config(2)
+    assert costs.measured("alltoall", problem) is None  # and the broken file has only been warned of
+    dist.barrier()
+    if dist.get_rank() == 0:
+        calibration.cache_file().unlink()
+    return {name: sorted(points) for name, points in table.points.items()}, there == again
 
 
 def sizes_apart() -> list[tuple[int, str]]:

@@ -101,6 +101,7 @@ def _serve(end: Any, rank: int, world: int, device: str, store: str, timeout: fl
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["XDG_CACHE_HOME"] = str(Path(store).parent)  # nothing that a user calibrated decides here
     try:
         _join(rank, world, device, store, timeout)
         end.send((True, None))

@@ -86,6 +86,10 @@ def two() -> Iterator[Ranks]:
         yield found
 
 
+def test_a_calibration_is_used_and_kept(two: Ranks) -> None:
+    assert two.run(cases.calibrated) == [({"allgather": [4, 64], "alltoall": [4, 64]}, True)] * 2
+
+
 def test_decode_and_prefill_of_one_model_take_different_exchanges(two: Ranks) -> None:
     """A model compiled for any number of tokens: few go by all-gather, many by all-to-all, each a graph of its own."""
     for found in two.run(cases.sizes_apart):
