@@ -155,7 +155,7 @@ def _read(file: Path) -> dict[costs.Key, costs.Table]:
         return {}
     try:
         return dict(costs.from_json(each) for each in json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         log.warning(
             "%s holds no exchange costs (%s: %s); shipped ones are used. calibrate() writes it anew", file, type(error).__name__, error
         )
@@ -166,8 +166,17 @@ def use_kept(group: Any) -> None:
     """Tables of earlier calibrations for groups of this size, as the group's first rank has them; a collective call."""
     told: list[Any] = [None]
     if dist.get_rank(group) == 0:
-        kept = _read(cache_file())
-        told[0] = [costs.to_json(key, table) for key, table in kept.items() if key.world == dist.get_world_size(group)]
+        told[0] = _told_of_size(dist.get_world_size(group))
     dist.broadcast_object_list(told, group=group, group_src=0)
+    if isinstance(told[0], str):
+        raise RuntimeError(f"the calibrated exchange costs cannot be read on rank {dist.get_global_rank(group, 0)}: {told[0]}")
     for each in told[0]:
         costs.use(*costs.from_json(each))
+
+
+def _told_of_size(world: int) -> list[Any] | str:
+    """The kept tables for groups of this size, or why they cannot be had: no rank may wait for one that raised."""
+    try:
+        return [costs.to_json(key, table) for key, table in _read(cache_file()).items() if key.world == world]
+    except Exception as error:  # noqa: BLE001  raised on all ranks
+        return f"{type(error).__name__}: {error}"
