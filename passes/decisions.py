@@ -71,6 +71,15 @@ def writes_to(n: Node) -> list[Node]:
     return _nodes([*found, n.kwargs.get("out")])
 
 
+def between(first: Node, last: Node) -> list[Node]:
+    """Nodes from first up to, not including, last."""
+    found, n = [], first
+    while n is not last:
+        found.append(n)
+        n = n.next
+    return found
+
+
 def _mutable_arguments(n: Node, schema: Any) -> list[Node]:
     given = {**dict(zip([a.name for a in schema.arguments], n.args)), **n.kwargs}
     written = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from moe_compile.ops import experts_combine, inline, quantize_dispatch, registry, route
 
-from .decisions import tensor_of, writes_in_place
+from .decisions import between, tensor_of, writes_in_place
 from .lift.sizes import shape_of
 from .overlap import overlap
 
@@ -73,7 +73,7 @@ def _spread(gm: GraphModule, combine: Node) -> bool:
     sent = y.args[1].args[0]
     if sent.target is not ops.quantize_dispatch.default or _written_between(sent, combine):
         return False
-    inside = [n for n in _between(sent, combine) if n is sent or any(a in (sent, *sent.users) for a in n.all_input_nodes)]
+    inside = [n for n in between(sent, combine) if n is sent or any(a in (sent, *sent.users) for a in n.all_input_nodes)]
     inside.append(y)
     if any(u is not combine and u not in inside for n in inside for u in n.users):
         return False
@@ -81,15 +81,6 @@ def _spread(gm: GraphModule, combine: Node) -> bool:
     for n in [combine, *reversed(list(dict.fromkeys(inside)))]:
         gm.graph.erase_node(n)
     return True
-
-
-def _between(first: Node, last: Node) -> list[Node]:
-    """Nodes from first up to, not including, last."""
-    found, n = [], first
-    while n is not last:
-        found.append(n)
-        n = n.next
-    return found
 
 
 def _wants_gradient(gm: GraphModule) -> bool:
@@ -125,7 +116,7 @@ def _target(experts: Node) -> str | None:
 
 
 def _written_between(first: Node, last: Node) -> bool:
-    return any(writes_in_place(n) for n in _between(first, last)[1:])
+    return any(writes_in_place(n) for n in between(first, last)[1:])
 
 
 def _fuse(gm: GraphModule, combine: Node, experts: Node) -> None:

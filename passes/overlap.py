@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from moe_compile.ops.comm.setup import Setup
 
-from .decisions import callee, tensor_of, writes_in_place
+from .decisions import between, callee, tensor_of, writes_in_place
 
 WORTH = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # what takes as long as an exchange
 
@@ -84,21 +84,13 @@ def _ancestors(n: Node) -> set[Node]:
 def _movable(exchange: Node, beside: set[Node]) -> list[Node]:
     """Those before the exchange that may as well run after it, in program order; none where anything is written in place meanwhile."""
     before = sorted(n for n in beside if n < exchange)
-    if not before or any(writes_in_place(n) for n in _between(before[0], exchange)):
+    if not before or any(writes_in_place(n) for n in between(before[0], exchange)):
         return []
     late: set[Node] = set()
     for n in reversed(before):
         if all(u > exchange or u in late for u in n.users):
             late.add(n)
     return [n for n in before if n in late]
-
-
-def _between(first: Node, last: Node) -> list[Node]:
-    found, n = [], first
-    while n is not last:
-        found.append(n)
-        n = n.next
-    return found
 
 
 def _split(gm: GraphModule, exchange: Node, first: Node, tag: str) -> None:
