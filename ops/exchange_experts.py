@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from . import combine, experts, quantize_dispatch, registry
+from . import combine, experts, registry
 from ._register import register_op
 from .comm import exchange, payload
-from .comm.setup import local_range
-from .quantize_dispatch import counting_sort
+from .quantize_dispatch import received_slots
 
 NAME = "exchange_experts"
 # moved: routing weights [T, K] that travel; w_at, inner_at: which of them weighs the results, and which the program reads, -1: none.
@@ -35,38 +34,24 @@ def run(
     own = exchange.exchange_of(comm, parallel, x_TH.device)
     got = own.dispatch_views(x_TH, ids_TK, moved)
     rows = got.rows if own.setup.quant == "none" else payload.dequantize(got.rows, got.scales, x_TH.dtype)
-    first, end = local_range(own.setup.num_experts, own.world, own.rank)
-    order, offsets = counting_sort(got.ids, end - first)
+    order, offsets = received_slots(got, own, may_read=not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()))
     w, inner = (got.weights[at] if at >= 0 else None for at in (w_at, inner_at))
     call = experts.prepare(rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k)
     kernels = registry.get("experts", provider).kernels
     out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
     if experts.SORTED in kernels and own.format == "standard":
-        return own.collect_slots(*_sorted(call, kernels, got, own.setup), w, got.handle, out_dtype)
+        return own.collect_slots(kernels[experts.SORTED](call), _places(order, got.ids), w, got.handle, out_dtype)
     y_RO = torch.ops.moe_compile.permute_experts_combine(
         rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider
     )
     return own.collect(y_RO, got.handle, out_dtype, combine_weights)
 
 
-def _sorted(call: experts.Call, kernels: Any, got: Any, setup: Any) -> tuple[Any, Any]:
-    """(y of the slots that have an expert [S or more, O], in sorted order; int32 places [R, K] of the slots in it, -1 for none)."""
-    order, slots = call.order, call.order.shape[0]
-    places = torch.empty_like(order, dtype=torch.int32)
-    places[order] = torch.arange(slots, dtype=torch.int32, device=order.device)
-    places = torch.where(got.ids.reshape(-1) >= 0, places, -1).view(got.ids.shape)
-    used = _used(call, got, setup)
-    call = call if used is None else experts.with_order(call, order[:used])
-    return kernels[experts.SORTED](call), places
-
-
-def _used(call: experts.Call, got: Any, setup: Any) -> int | None:
-    """How many slots have an expert, where the worst case is large; None under capture, and where that is no matter."""
-    if call.order.shape[0] * call.x.shape[1] * call.x.element_size() <= quantize_dispatch.EXACT_BYTES:
-        return None
-    if call.x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return quantize_dispatch.used_slots(got, call.offsets, setup)
+def _places(order: Any, ids_RK: Any) -> Any:
+    """int32 [R, K]: where each slot stands in order, -1 for those without an expert."""
+    places = torch.full((ids_RK.numel(),), -1, dtype=torch.int32, device=order.device)
+    places[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
+    return torch.where(ids_RK >= 0, places.view(ids_RK.shape), -1)
 
 
 def _result_dtype(call: experts.Call, w: Any, combine_weights: Any, out_dtype: Any) -> Any:

@@ -115,11 +115,6 @@ def prepare(
     return Call(x, order, offsets, topk_weights, weight_params, bias_params, parsed, values, top_k)
 
 
-def with_order(call: Call, order: Any) -> Call:
-    """The call for the first slots of its order alone: all that have an expert."""
-    return dataclasses.replace(call, order=order)
-
-
 def _check(program: Program, x: Any, weights: Params, biases: Params, topk_weights: Any, top_k: int) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be [T, H], got shape {tuple(x.shape)}; flatten batch and sequence first")

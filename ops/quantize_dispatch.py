@@ -68,14 +68,20 @@ def _kernel(
 
 def _over_ranks(x_TH: Any, ids_TK: Any, weights: list[Any], own: Any) -> tuple[Any, ...]:
     got = own.dispatch(x_TH, ids_TK, weights)
-    first, end = local_range(own.setup.num_experts, own.world, own.rank)
-    order, offsets = counting_sort(got.ids, end - first)
-    if exact(own.setup, got.ids.shape[1], own.rows_known):
-        order = order[: used_slots(got, offsets, own.setup)].clone()
+    order, offsets = received_slots(got, own)
     return got.rows, got.scales, order, offsets, got.handle, got.weights
 
 
-def used_slots(got: Any, offsets: Any, setup: Setup) -> int:
+def received_slots(got: Any, own: Any, may_read: bool = True) -> tuple[Any, Any]:
+    """(order, offsets) of what an exchange `own` brought; may_read: its number of slots may be read back to the host."""
+    first, end = local_range(own.setup.num_experts, own.world, own.rank)
+    order, offsets = counting_sort(got.ids, end - first)
+    if may_read and exact(own.setup, got.ids.shape[1], own.rows_known):
+        order = order[: _used_slots(got, offsets, own.setup)].clone()
+    return order, offsets
+
+
+def _used_slots(got: Any, offsets: Any, setup: Setup) -> int:
     """Received slots with an expert of this rank: from the host's counts where these count each slot, else read from the device."""
     counts = None if got.metadata is None else got.metadata.counts_cpu
     if counts is not None and setup.ids_valid:

@@ -39,7 +39,7 @@ def _started(gm: GraphModule, exchange: Node, tags: Any) -> bool:
         return False
     chain, first = _reader(exchange)
     beside = _independent([exchange, *chain], first)
-    if not any(callee(n) in WORTH for n in beside) or any("moe_compile" in str(n.target) for n in beside):
+    if not any(callee(n) in WORTH for n in beside) or any(_may_exchange(n) for n in beside):
         return False
     at = exchange
     for n in _movable(exchange, set(beside)):
@@ -49,6 +49,11 @@ def _started(gm: GraphModule, exchange: Node, tags: Any) -> bool:
         first.prepend(n)
     _split(gm, exchange, chain[0] if chain else first, next(tags))
     return True
+
+
+def _may_exchange(n: Node) -> bool:
+    """An op of ours, or a body that may have some: exchanges follow each other, and a result waits under its graph's tag alone."""
+    return "moe_compile" in str(n.target) or isinstance(n.target, torch._ops.HigherOrderOperator)
 
 
 def _reader(exchange: Node) -> tuple[list[Node], Node]:

@@ -51,3 +51,22 @@ def fresh_dynamo():
     logs.forget()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def rank_of():
+    """rank_of(rank, ep): this process as one rank of ep, its collectives doing nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from moe_compile.config import ParallelConfig
+
+    def start(rank: int, ep: int) -> ParallelConfig:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", rank=rank, world_size=ep, store=FakeStore())
+        return ParallelConfig(ep=ep, ep_group=dist.group.WORLD) if ep > 1 else ParallelConfig()
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()

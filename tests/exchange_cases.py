@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -147,6 +148,12 @@ def many_layers(
                 done += 1
     exchange.destroy_all()
     return done
+
+
+def exact_slots(provider: str, seed: int, **fields: Any) -> int:
+    """As many_layers, where the number of received slots is read back though the rows' is known, as it is where they are large."""
+    with mock.patch.object(quantize_dispatch, "EXACT_BYTES", 0):
+        return many_layers(provider, seed, max_tokens=40, **fields)
 
 
 def replayed(provider: str, seed: int, dtype: torch.dtype, hidden: int, routings: Any = ROUTINGS, **fields: Any) -> None:

@@ -72,6 +72,14 @@ def real_model(name: str, axes: dict[str, Any], sharded: bool, batches: list[int
     return str(report)
 
 
+def sharded_and_whole(name: str, parallel: moe_compile.ParallelConfig, inner: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """A zoo model, sharded and compiled, and the same whole in eager mode; its arguments."""
+    model, kwargs = ZOO[name]()
+    model = model.to(device())
+    whole = copy.deepcopy(model)
+    return compiled_of(shard_experts(model, parallel), parallel, inner)[0], whole, kwargs
+
+
 def fused(name: str, axes: dict[str, Any], limit: float = 1e-5) -> None:
     """What passes/fuse.py makes of dispatch, experts and combine over ranks computes the same."""
     from moe_compile.passes.fuse import fuse
@@ -84,11 +92,7 @@ def fused(name: str, axes: dict[str, Any], limit: float = 1e-5) -> None:
         return gm
 
     parallel = config(**axes)
-    model, kwargs = ZOO[name]()
-    model = model.to(device())
-    whole = copy.deepcopy(model)
-    shard_experts(model, parallel)
-    compiled, _ = compiled_of(model, parallel, inner)
+    compiled, whole, kwargs = sharded_and_whole(name, parallel, inner)
     inputs = batch_of(kwargs, dist.get_rank() // parallel.tp, 1 + dist.get_rank() // parallel.tp)
     with torch.no_grad():
         off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
@@ -113,12 +117,7 @@ def overlapped(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
         order.extend(getattr(n.target, "__name__", str(n.target)) for n in gm.graph.nodes if n.op == "call_function")
         return gm if inner == "eager" else torch._dynamo.lookup_backend(inner)(gm, inputs)
 
-    parallel = config(**axes)
-    model, kwargs = ZOO[name]()
-    model = model.to(device())
-    whole = copy.deepcopy(model)
-    shard_experts(model, parallel)
-    compiled, _ = compiled_of(model, parallel, compiled_by)
+    compiled, whole, kwargs = sharded_and_whole(name, config(**axes), compiled_by)
     for call in range(4):
         inputs = batch_of(kwargs, 10 * call + dist.get_rank(), 1 + (dist.get_rank() + call) % 3)
         with torch.no_grad():

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from workers_sharding import INTER, E, H, Stacked, build
 
 from moe_compile import checkpoint, checkpoint_files
@@ -20,21 +19,6 @@ from moe_compile.config import ParallelConfig
 from moe_compile.sharding import expert_parameters, expert_range, shard_experts
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
-
-
-@pytest.fixture
-def rank_of():
-    """rank_of(rank, ep): this process as one rank of ep, its collectives doing nothing."""
-
-    def start(rank: int, ep: int) -> ParallelConfig:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=ep, store=FakeStore())
-        return ParallelConfig(ep=ep, ep_group=dist.group.WORLD) if ep > 1 else ParallelConfig()
-
-    yield start
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture

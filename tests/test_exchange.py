@@ -36,3 +36,16 @@ def test_rows_may_travel_in_fp8(ranks: Ranks, provider: str) -> None:
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_rows_of_bfloat16(ranks: Ranks, provider: str) -> None:
     ranks.run(cases.many_layers, provider, 4, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_slots_without_an_expert_are_left_out_where_they_are_many(ranks: Ranks, provider: str) -> None:
+    ranks.run(cases.exact_slots, provider, 5)
+
+
+@pytest.mark.parametrize("most", [0, 40])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_rows_stay_sorted_up_to_the_sum_over_slots(ranks: Ranks, provider: str, most: int) -> None:
+    """By the experts of GPUs, which sum slots on the way back; torch's grouped_mm runs on a CPU too."""
+    run = cases.exact_slots if most else cases.many_layers
+    ranks.run(run, provider, 6, experts_provider="cuda_grouped_mm", backward=False)

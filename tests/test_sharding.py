@@ -14,7 +14,6 @@ from corpus.variants import VARIANTS
 from ranks import Ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from workers_sharding import INTER as I
 from workers_sharding import Both, E, H, Listed, Stacked, build, world_of_four, world_of_two
 
@@ -32,21 +31,6 @@ VARIANTS_WITHOUT = {
     "expert_other_width", "expert_on_shared_hidden",
 }  # fmt: skip
 ZOO_WITHOUT = {"dbrx", "doge_cdmoe_block", "longcat_flash", "vitpose_backbone", "zaya"}
-
-
-@pytest.fixture
-def rank_of():
-    """rank_of(rank, ep): this process as one rank of ep, its collectives doing nothing."""
-
-    def start(rank: int, ep: int) -> ParallelConfig:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=ep, store=FakeStore())
-        return ParallelConfig(ep=ep, ep_group=dist.group.WORLD)
-
-    yield start
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def test_styles_are_found_with_all_their_experts():

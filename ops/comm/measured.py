@@ -32,7 +32,6 @@ SHIPPED: Mapping[Key, Table] = {
         {
             "nvlink": {128: 44, 4096: 753},
             "allgather": {128: 189, 4096: 1505},
-            "deepep_ht": {128: 152, 4096: 1530},
             "deepep_v2": {128: 116, 4096: 1407},
         },
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .collect import draw, finish_collect
+from .collect import begin_collect, draw, finish_collect
 from .signals import (
     ARRIVED,
     BACK,
@@ -16,12 +16,10 @@ from .signals import (
     COUNTED,
     COUNTS,
     LANDED,
-    LAST_COLLECT,
     LAST_PUSH,
     OP,
     PUSHED,
     SOURCES,
-    STARTED,
     arrive,
     rows_of,
     tell_all,
@@ -199,18 +197,9 @@ def collect_batched_kernel(
     TIMER: tl.constexpr,
 ):  # fmt: skip
     """One batched collect: rows [EL, C, O] back to their slots, weighted and added up there. Items as in collect_kernel, rows first."""
-    pid = tl.program_id(0)
-    op = tl.load(state + OP) + 1
-    last = tl.load(state + LAST_COLLECT)
+    op, item = begin_collect(addresses, state, status, rank, timeout_ns, W, WP, PHASE, TIMER)
     expert = tl.arange(0, EQ)
     units = tl.sum(tl.load(counts + expert, mask=expert < EL, other=0))
-    item = draw(state)
-    if PHASE != 2:
-        if pid == tl.num_programs(0) - 1:
-            tell_all(addresses, STARTED, rank, op, W, WP)
-        if PHASE == 0:  # noqa: SIM102  decided when compiled
-            if last == op - 1:
-                wait_for_peers(addresses, STARTED, op, rank, state, status, timeout_ns, W, WP, 2, TIMER)
     tiles = T
     if PHASE == 1:
         tiles = 0

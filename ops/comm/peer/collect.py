@@ -107,6 +107,28 @@ def _sum_tile(
 
 
 @triton.jit
+def draw(state):
+    """The next item: whoever runs takes it, so that one running program is enough."""
+    return tl.atomic_add(state + TICKET, 1, sem="relaxed", scope="gpu").to(tl.int32)
+
+
+@triton.jit
+def begin_collect(addresses, state, status, rank, timeout_ns, W: tl.constexpr, WP: tl.constexpr, PHASE: tl.constexpr, TIMER: tl.constexpr):
+    """(number of this op, the program's first item). Right after another collect, all peers must have begun: they read the rows before."""
+    pid = tl.program_id(0)
+    op = tl.load(state + OP) + 1
+    last = tl.load(state + LAST_COLLECT)
+    item = draw(state)
+    if PHASE != 2:
+        if pid == tl.num_programs(0) - 1:
+            tell_all(addresses, STARTED, rank, op, W, WP)
+        if PHASE == 0:  # noqa: SIM102  decided when compiled
+            if last == op - 1:
+                wait_for_peers(addresses, STARTED, op, rank, state, status, timeout_ns, W, WP, 2, TIMER)
+    return op, item
+
+
+@triton.jit
 def finish_collect(
     addresses, state, status, rank, op, timeout_ns, W: tl.constexpr, WP: tl.constexpr, PHASE: tl.constexpr, TIMER: tl.constexpr
 ):
@@ -123,12 +145,6 @@ def finish_collect(
             tl.store(state + OP, op)
 
 
-@triton.jit
-def draw(state):
-    """The next item: whoever runs takes it, so that one running program is enough."""
-    return tl.atomic_add(state + TICKET, 1, sem="relaxed", scope="gpu").to(tl.int32)
-
-
 @triton.jit(do_not_specialize=["T", "M", "rank", "lag", "timeout_ns"])
 def collect_kernel(
     rows, places, weights, table, out, addresses, state, status, T, M, rank, lag, timeout_ns, W: tl.constexpr, WP: tl.constexpr,
@@ -142,18 +158,9 @@ def collect_kernel(
     rows j < t (a token's place never exceeds its number), and before a unit of first row j only tiles of tokens < j were drawn. So the
     waiting tile of the lowest tokens waits for units that run, or that the next free program draws.
     """
-    pid = tl.program_id(0)
-    op = tl.load(state + OP) + 1
-    last = tl.load(state + LAST_COLLECT)
+    op, item = begin_collect(addresses, state, status, rank, timeout_ns, W, WP, PHASE, TIMER)
     peer = tl.arange(0, WP)
     most = tl.max(tl.load(table + (T + 1) * W + peer, mask=peer < W, other=0))
-    item = draw(state)
-    if PHASE != 2:
-        if pid == tl.num_programs(0) - 1:
-            tell_all(addresses, STARTED, rank, op, W, WP)
-        if PHASE == 0:  # noqa: SIM102  decided when compiled
-            if last == op - 1:
-                wait_for_peers(addresses, STARTED, op, rank, state, status, timeout_ns, W, WP, 2, TIMER)
     peers: tl.constexpr = W if SLOTS or W == 1 else W - 1
     units = tl.cdiv(most, BT) * (W if SLOTS else W - 1)
     tiles = tl.cdiv(T, BT)
