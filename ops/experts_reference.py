@@ -82,4 +82,10 @@ def cost(problem: registry.Problem) -> float:
     return 1e6 + 200.0 * problem.num_experts
 
 
-PROVIDER = registry.register(registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost))
+def supports(problem: registry.Problem) -> str | None:
+    if problem.cuda_graphs and problem.device.startswith("cuda"):
+        return "reference reads the experts' counts back to the host, which no CUDA graph can hold"
+    return None
+
+
+PROVIDER = registry.register(registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost, supports))

@@ -12,21 +12,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from moe_compile.ops.comm.setup import Setup
-
 from .decisions import between, callee, tensor_of, writes_in_place
 
 WORTH = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # what takes as long as an exchange
 
 
 def overlap(gm: GraphModule, devices: tuple[str, ...] = ("cuda",)) -> int:
-    """Starts exchanges early in place; returns how many. Only where a GPU can run both at once is anything to be won.
-
-    Not where CUDA graphs are asked for: a second stream in Inductor's graphs is not proven.
-    """
+    """Starts exchanges early in place; returns how many. Only where a GPU can run both at once is anything to be won."""
     tags = (str(i) for i in itertools.count())
     exchanges = [n for n in gm.graph.nodes if n.target is torch.ops.moe_compile.exchange_experts.default]
-    return sum(_started(gm, n, tags) for n in exchanges if _device(n) in devices and not Setup.parse(str(n.args[-1])).cuda_graphs)
+    return sum(_started(gm, n, tags) for n in exchanges if _device(n) in devices)
 
 
 def _device(n: Node) -> str:

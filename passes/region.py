@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
+from .lift.expr import Expr, loads
 from .lift.normal import PARTIAL
 from .lift.read import NO_WEIGHT, NOTHING_SUMMED
 from .liveness import Liveness, same_storage
@@ -169,3 +171,15 @@ def _flows(nodes: list[Node], ambient: Ambient, training: bool) -> bool:
 
 
 __all__ = ["MoERegion", "find_region", "fresh_table"]
+
+
+def dtype_of(e: Expr) -> Any:
+    """The dtype of an expression that is a tensor's element, maybe cast: float32 or wider where several meet."""
+    if e.op == "cast":
+        return e.args[1]
+    found = None
+    for load in [e] if e.op == "load" else loads(e):
+        val = load.args[0].nodes[0].meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point:
+            found = val.dtype if found is None else torch.promote_types(found, val.dtype)
+    return found or torch.float32

@@ -21,10 +21,9 @@ from moe_compile.ops.registry import Problem, Provider, providers
 from moe_compile.options import Options
 
 from .decisions import tensor_of
-from .emit import holder
 from .lift.index import in_range
 from .lift.sizes import prod
-from .region import MoERegion
+from .region import MoERegion, dtype_of
 
 MOST_TOKENS = 1 << 24  # beyond it nothing is asked
 ENDLESS = 1 << 62
@@ -118,11 +117,10 @@ def problem_of(region: MoERegion, weight_layout: str, options: Options, training
     """What the region asks of a provider on one rank, as far as it is known at compile time."""
     f = region.formula
     x = tensor_of(region.decision.source.args[0])
-    weight = tensor_of(holder(region, f.weights[0].leaf.nodes[0]))
     return Problem(
         stage="experts",
         device=x.device.type if x is not None else "cpu",
-        dtype=f.dtype if isinstance(f.dtype, torch.dtype) else weight.dtype if weight is not None else torch.float32,
+        dtype=dtype_of(f.x),
         hidden=int(prod(v.size for v in f.x_feat)),
         intermediate=int(f.weights[-1].extent("i")),
         num_experts=f.num_experts,

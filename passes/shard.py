@@ -15,7 +15,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.fx import GraphModule, Node
 
@@ -27,9 +26,8 @@ from moe_compile.ops.comm.setup import Setup, local_range
 from moe_compile.ops.expert_shard import Place
 
 from .lift import Refused
-from .lift.expr import Expr, loads
 from .lift.sizes import prod
-from .region import MoERegion
+from .region import MoERegion, dtype_of
 from .select import Choice
 
 MARKS = ("expert_shard", "present_expert", "absent_expert")
@@ -104,18 +102,6 @@ def _setup(region: MoERegion, parallel: ParallelConfig, choice: Choice) -> Setup
         cuda_graphs=choice.asked is not None and choice.asked.cuda_graphs,
         ids_valid=choice.asked is not None and choice.asked.ids_valid,
     )
-
-
-def dtype_of(e: Expr) -> Any:
-    """The dtype of an expression that is a tensor's element, maybe cast: float32 or wider where several meet."""
-    if e.op == "cast":
-        return e.args[1]
-    found = None
-    for load in [e] if e.op == "load" else loads(e):
-        val = load.args[0].nodes[0].meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype.is_floating_point:
-            found = val.dtype if found is None else torch.promote_types(found, val.dtype)
-    return found or torch.float32
 
 
 # ---------------------------------------------------------------- tokens over tensor-parallel ranks

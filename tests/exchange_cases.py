@@ -156,6 +156,15 @@ def exact_slots(provider: str, seed: int, **fields: Any) -> int:
         return many_layers(provider, seed, max_tokens=40, **fields)
 
 
+def first_exchanges(provider: str, seed: int, times: int, **fields: Any) -> None:
+    """The first exchange of a workspace, many times, by ranks that come to it at different moments."""
+    for turn in range(times):
+        if turn % dist.get_world_size() == dist.get_rank():
+            torch.randn((6000, 6000), device=device()).cumsum(0)  # what its stream still does while the others have begun
+        one_layer(provider, [5, 3, 0, 7], 1, 4, "random", seed + turn, backward=False, **fields)
+        exchange.destroy_all()
+
+
 def replayed(provider: str, seed: int, dtype: torch.dtype, hidden: int, routings: Any = ROUTINGS, **fields: Any) -> None:
     """A layer in a CUDA graph, replayed with other tokens and routings."""
     top_k, num_experts, count, world = 2, 8, 6 + dist.get_rank(), dist.get_world_size()

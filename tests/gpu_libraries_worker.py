@@ -83,7 +83,7 @@ class Worker:
             rows = payload.OP.overload(rows, scales, x.dtype)
         local = setup.num_experts // self.world
         own = torch.cat([self.factors(setup)[self.rank * local : (self.rank + 1) * local], torch.zeros(1, device=self.device)])
-        expert = _experts(order, offsets, rows.shape[0])
+        expert = _experts(order, offsets, (rows.shape[0], 1 if self.batched else brought[0].shape[1]))
         factor = own[expert] if self.batched else own[expert] * brought[0]
         live = (expert < local).any(1, keepdim=True)
         y = torch.where(live, rows.float() * factor.sum(1, keepdim=True), 0).bfloat16()
@@ -163,10 +163,11 @@ class Worker:
         self.times.append(f"{tokens} tokens {'eager' if eager else 'graph'}{more} {float(found):.0f}")
 
 
-def _experts(order: Any, offsets: Any, rows: int) -> Any:
-    """int64 [R, slots]: the local expert of each slot, their number for none."""
+def _experts(order: Any, offsets: Any, shape: tuple[int, int]) -> Any:
+    """int64 [R, slots]: the local expert of each slot, their number for none, and for those that order leaves out."""
     place = torch.searchsorted(offsets.long(), torch.arange(order.shape[0], device=order.device), right=True)
-    return torch.empty_like(place).scatter(0, order, place).view(rows, -1 if rows else 1)
+    none = torch.full(shape, offsets.shape[0], device=order.device)
+    return none.view(-1).scatter_(0, order, place).view(shape)
 
 
 def _captured(call: Callable[[], Any]) -> tuple[Any, Any]:

@@ -129,10 +129,13 @@ def overlapped(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
 
 
 def graphed(name: str, axes: dict[str, Any]) -> None:
-    """A whole model replayed as CUDA graphs, other tokens each time; shared experts beside the exchange."""
+    """A whole bfloat16 model replayed as CUDA graphs, other tokens each time; shared experts beside the exchange.
+
+    Rounding may lead a token near a tie to another expert, so four of five tokens have to agree; a stale replay is wrong in all.
+    """
     parallel = config(**axes)
     model, kwargs = ZOO[name]()
-    model = model.to(device()).requires_grad_(False)
+    model = model.to(device(), torch.bfloat16).requires_grad_(False)
     whole = copy.deepcopy(model)
     shard_experts(model, parallel)
     torch._dynamo.reset()
@@ -142,8 +145,9 @@ def graphed(name: str, axes: dict[str, Any]) -> None:
         inputs = batch_of(kwargs, 10 * call + dist.get_rank(), 2)
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            off = error(first_tensor(compiled(**inputs)), first_tensor(whole(**inputs)))
-        assert off < 1e-5, (name, call, off)
+            got, wanted = first_tensor(compiled(**inputs)).double(), first_tensor(whole(**inputs)).double()
+        off = ((got - wanted).abs().amax(-1) / wanted.abs().amax(-1)).flatten().sort().values
+        assert off[int(0.8 * len(off))] < 5e-2, (name, call, off.tolist())
     assert all(region.providers["comm"] == axes["comm"] for region in report.rewritten), str(report)
     exchange.check_all()
     torch.cuda.synchronize()

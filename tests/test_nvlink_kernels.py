@@ -53,10 +53,6 @@ class Ranks:
         whole = [memory[-memory.data_ptr() % 64 :][: layout.nbytes + GUARD] for memory in whole]
         memories, self.guards = [memory[: layout.nbytes] for memory in whole], [memory[layout.nbytes :] for memory in whole]
         addresses = layout.addresses([memory.data_ptr() for memory in memories], "cpu")
-        for memory in memories:
-            for region in ("started", "pushed", "landed", "counted"):
-                offset, nbytes = layout.regions[region]
-                memory[offset : offset + nbytes] = 0
         self.world, self.settings = world, settings
         self.exchanges = [
             engine.NvlinkEngine(
@@ -76,7 +72,7 @@ class Ranks:
             for rank, memory in enumerate(memories)
         ]
         for exchange in self.exchanges:
-            exchange._first_values()
+            exchange._workspace.clear()
 
     def run(self, prepare: Callable[[Any, int], Any]) -> list[Any]:
         """One call on every rank: part 1 of all, then part 2 of all, and so on."""

@@ -52,6 +52,43 @@ def test_no_room_is_an_error_of_the_compilation_with_the_way_out(monkeypatch: py
         opening.open_exchanges(graph_with("nvlink", "cuda"))
 
 
+def test_a_workspace_is_cleared_before_any_peer_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks meet once the workspace is open, and whoever comes first writes at once: what is cleared later is lost."""
+    import types
+
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from moe_compile.ops.comm.peer import engine, workspace
+
+    memory, met = torch.empty(0, dtype=torch.uint8), []
+
+    def empty(nbytes: int, dtype: Any, device: Any) -> Any:
+        memory.set_(torch.full((nbytes,), 0xAB, dtype=torch.uint8))
+        return memory
+
+    def meet(group: Any, value: int, device: Any) -> int:
+        met.append(memory.clone())
+        return value
+
+    monkeypatch.setattr(symmetric_memory, "empty", empty)
+    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda *args: types.SimpleNamespace(buffer_ptrs=[memory.data_ptr()] * 2))
+    monkeypatch.setattr(workspace, "_least", meet)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(engine, "_device_of", lambda: torch.device("cpu"))
+    monkeypatch.setattr(engine, "_world_of", lambda group: 2)
+    own = engine.NvlinkEngine(None, max_tokens=4, hidden=16, top_k=2, num_experts=4, dtype=torch.float32)
+    assert torch.equal(met[-1], memory)
+    layout = own.layout()
+    for region, value in (("ids", 0xFF), ("started", 0), ("pushed", 0), ("landed", 0), ("counted", 0)):
+        offset, nbytes = layout.regions[region]
+        assert (memory[offset : offset + nbytes] == value).all(), region
+
+
 class Engine:
     """What watch() asks of an engine."""
 

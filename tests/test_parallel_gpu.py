@@ -51,6 +51,11 @@ def test_layers_for_inference(ranks: Ranks, provider: str, hidden: int) -> None:
     ranks.run(exchange_cases.many_layers, provider, 2, dtype=dtype, backward=False, hidden=hidden, max_tokens=40, **fields)
 
 
+@pytest.mark.parametrize("provider", ["nvlink", "nvlink_batched"])
+def test_the_first_exchange_of_a_workspace(ranks: Ranks, provider: str) -> None:
+    ranks.run(exchange_cases.first_exchanges, provider, 7, 40, dtype=torch.bfloat16, max_tokens=40)
+
+
 @pytest.mark.parametrize("provider", STANDARD)
 def test_rows_in_fp8(ranks: Ranks, provider: str) -> None:
     fields = {"quant": "fp8", "dtype": torch.bfloat16, "backward": False}

@@ -11,6 +11,7 @@ from blocks import Block, Compared, Dense, E, H, K, ReadBeforeWrite, T, block, c
 from torch.utils.checkpoint import checkpoint
 
 import moe_compile
+from moe_compile.passes import select
 from moe_compile.passes.diff import normal_form
 from moe_compile.passes.emit import Emitter
 from moe_compile.passes.lift import Refused
@@ -493,3 +494,29 @@ def test_a_count_of_one_is_a_mask():
         return out
 
     assert [Compared(block(f), tokens()).rewritten for f in (slots, of_tokens, not_chosen)] == [1, 1, 0]
+
+
+# ---------------------------------------------------------------- what providers are asked
+@pytest.mark.parametrize("sum_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_providers_are_asked_for_the_rows_dtype_whatever_the_sums_is(monkeypatch, weight_dtype, sum_dtype):
+    """Routing weights in float32 make the sum float32, while the experts multiply bfloat16."""
+    asked = []
+    choose = select.choose
+    monkeypatch.setattr(select, "choose", lambda problem, *args, **kw: asked.append(problem) or choose(problem, *args, **kw))
+
+    def route(self, x):
+        w, ids = F.linear(x.float(), self.gate.float()).softmax(-1).topk(K, dim=-1)
+        return w.to(weight_dtype), ids
+
+    def forward(self, x):
+        w, ids = self.route(x)
+        out = torch.zeros_like(x, dtype=sum_dtype)
+        for e in range(E):
+            tok, slot = torch.where(ids == e)
+            out.index_add_(0, tok, (self.expert(x[tok], e) * w[tok, slot, None]).to(sum_dtype))
+        return out
+
+    gm = graph_of(block(forward, route=route).bfloat16(), tokens().bfloat16())
+    assert [r.rewritten for r in rewrite(gm).regions] == [True]
+    assert [problem.dtype for problem in asked] == [torch.bfloat16]

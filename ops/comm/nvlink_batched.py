@@ -1,7 +1,7 @@
 """Provider "nvlink_batched": the nvlink exchange in the batched format, rows sorted by expert as they arrive: [E_local, capacity, H].
 
 A row for each slot, few tokens (T * K <= 8192), no host sync. The routing weights are applied where the token came from, in float32.
-More rows for an expert than its capacity: left out of the sum on all ranks alike, and an error at the next call, unless
+More rows for an expert than its capacity: left out of the sum on all ranks alike, and an error at the next dispatch, unless
 ParallelConfig.overflow allows it.
 """
 

@@ -101,16 +101,10 @@ class NvlinkEngine:
         self._timeout_ns = int(timeout_seconds * 1e9)
         self._views: dict[Any, Any] = {}
         self._dropped, self.may_drop = 0, may_drop
-        if workspace is None:
-            self._first_values()
 
     def layout(self) -> Layout:
         """The regions of a rank's workspace."""
         return Layout.of(self.shape.region_sizes(self._kernels.REGIONS))
-
-    def _first_values(self) -> None:
-        """ids of no expert in all rows; the workspace itself is zeroed."""
-        self._view("ids", torch.int32, (self.shape.rows, self.shape.top_k)).fill_(-1)
 
     # ---- calls -------------------------------------------------------------------------------------------------------------------
 
@@ -145,7 +139,7 @@ class NvlinkEngine:
         """Sends a row for every slot, sorted by expert where it arrives: lower ranks first, then earlier tokens.
 
         rows is a view, valid until the next call; counts is not. Rows beyond batched_capacity are dropped on all ranks alike, left
-        out of the sum, and make a later call (or check) raise CapacityExceeded.
+        out of the sum, and make a later dispatch (or check) raise CapacityExceeded.
         """
         call = self.prepare_dispatch_batched(x_TH, ids_TK)
         call.launch(0)
@@ -165,12 +159,15 @@ class NvlinkEngine:
     def check(self) -> None:
         """Raises ExchangeTimeout if a kernel gave up waiting, and once CapacityExceeded for rows dropped. Reads host words; no sync."""
         words = self._alive().words
-        if words[0]:
+        total = words[3]
+        dropped, self._dropped = total - self._dropped, total
+        if dropped and not self.may_drop:  # all ranks know; one that tells first may leave the others waiting
+            raise CapacityExceeded(dropped, self.shape.capacity)
+        self._check_peers()
+
+    def _check_peers(self) -> None:
+        if self._alive().words[0]:
             raise self._failure()
-        if words[3] != self._dropped:
-            dropped, self._dropped = words[3] - self._dropped, words[3]
-            if not self.may_drop:
-                raise CapacityExceeded(dropped, self.shape.capacity)
 
     def failure(self) -> ExchangeTimeout | None:
         """What made a kernel give up waiting, if one did. Reads host words; no sync."""
@@ -207,7 +204,7 @@ class NvlinkEngine:
         return Call(self._push(x_TH, table, None, ()), lambda: self._clone(rows, table))
 
     def prepare_collect(self, rows: Any, handle: list[Any], out_dtype: torch.dtype | None = None, slots: Any = None) -> Call:
-        self.check()
+        self._check_peers()
         table = table_of(self.shape, handle)
         width = rows.shape[1] if rows.dim() == 2 else 0
         check_rows("rows", rows, (rows.shape[0] if slots is not None else self.shape.rows, width), self.device)
@@ -231,7 +228,7 @@ class NvlinkEngine:
         return Call(self._push_batched(x_TH, ids_TK, places, counts), lambda: Batched(rows, counts, [places, counts]), 3)
 
     def prepare_collect_batched(self, y_ECO: Any, topk_weights_TK: Any, handle: list[Any], out_dtype: torch.dtype | None = None) -> Call:
-        self.check()
+        self._check_peers()
         shape = self.shape
         check_batched(shape)
         if len(handle) != 2:

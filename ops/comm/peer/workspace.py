@@ -15,6 +15,7 @@ from ..exchange import ExchangeError
 ALIGNMENT = 1024  # bytes: of every region
 STATE_WORDS = 32  # int64 words of device state that only this rank's kernels touch
 STATUS_WORDS = 8  # int64 words of pinned host memory that kernels write and the host reads without a sync
+SIGNALS = ("started", "pushed", "landed", "counted")  # regions of words that peers wait for
 STAGES = {1: "dispatch", 2: "collect", 3: "dispatch, before its first row (a peer never came)", 4: "counts of dispatch_batched"}
 
 
@@ -87,6 +88,16 @@ class Workspace:
             raise ValueError(f"{shape} of {dtype} needs {wanted} bytes, the region {region!r} of the nvlink workspace has {room}")
         return self.memory[offset : offset + wanted].view(dtype).view(shape)
 
+    def clear(self) -> None:
+        """Signals of no op and ids of no expert: all that a first call relies on. Before any peer may write."""
+        for region in SIGNALS:
+            self._bytes(region).zero_()
+        self._bytes("ids").fill_(255)  # -1
+
+    def _bytes(self, region: str) -> Any:
+        offset, nbytes = self.layout.regions[region]
+        return self.memory[offset : offset + nbytes]
+
     @functools.cached_property
     def words(self) -> Any:
         """The host words, as the kernels last wrote them: reading is no sync."""
@@ -119,7 +130,6 @@ def open_workspace(group: Any, layout: Layout, device: Any) -> Workspace:
         raise RuntimeError(
             f"symmetric memory of rank {rank} is at {memory.data_ptr():#x}, torch says {bases[rank]:#x}; use torch 2.11 to 2.13"
         )
-    memory.zero_()
     status = torch.zeros(STATUS_WORDS, dtype=torch.int64).pin_memory()
     workspace = Workspace(
         rank,
@@ -132,8 +142,9 @@ def open_workspace(group: Any, layout: Layout, device: Any) -> Workspace:
         status,
         owner,
     )
+    workspace.clear()
     torch.cuda.synchronize(device)
-    _least(group, 0, device)  # nobody writes to a peer before that peer has zeroed its signals
+    _least(group, 0, device)  # nobody writes to a peer before that peer has cleared its own
     return workspace
 
 
