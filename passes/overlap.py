@@ -7,26 +7,30 @@ After:    token = start_exchange(x, ids, ..., tag); s = shared(x); out = finish_
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from moe_compile.ops.comm.setup import Setup
+
 from .decisions import between, callee, tensor_of, writes_in_place
+from .select import overlaps
 
 WORTH = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # what takes as long as an exchange
 
 
-def overlap(gm: GraphModule, devices: tuple[str, ...] = ("cuda",)) -> int:
-    """Starts exchanges early in place; returns how many. Only where a GPU can run both at once is anything to be won."""
+def overlap(gm: GraphModule, pays: Callable[[Any, Setup], bool] = overlaps) -> int:
+    """Starts exchanges early in place, where it pays; returns how many."""
     tags = (str(i) for i in itertools.count())
     exchanges = [n for n in gm.graph.nodes if n.target is torch.ops.moe_compile.exchange_experts.default]
-    return sum(_started(gm, n, tags) for n in exchanges if _device(n) in devices)
+    return sum(_started(gm, n, tags) for n in exchanges if _pays(n, pays))
 
 
-def _device(n: Node) -> str:
-    out = tensor_of(n)
-    return out.device.type if out is not None else ""
+def _pays(exchange: Node, pays: Callable[[Any, Setup], bool]) -> bool:
+    out = tensor_of(exchange)
+    return out is not None and pays(out, Setup.parse(str(exchange.args[-1])))
 
 
 def _started(gm: GraphModule, exchange: Node, tags: Any) -> bool:

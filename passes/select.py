@@ -16,7 +16,7 @@ import torch
 
 from moe_compile.config import ParallelConfig
 from moe_compile.ops.comm import costs, exchange
-from moe_compile.ops.comm.setup import chunk_size
+from moe_compile.ops.comm.setup import Setup, chunk_size
 from moe_compile.ops.registry import Problem, Provider, providers
 from moe_compile.options import Options
 
@@ -25,6 +25,9 @@ from .lift.index import in_range
 from .lift.sizes import prod
 from .region import MoERegion, dtype_of
 
+OVERLAPPED = (
+    8 << 20
+)  # bytes of rows; with fewer, eager launches on a second stream cost more than they gain (measured: benchmarks/notes.md)
 MOST_TOKENS = 1 << 24  # beyond it nothing is asked
 ENDLESS = 1 << 62
 
@@ -168,10 +171,20 @@ def wants_cuda_graphs(options: Options) -> bool:
     return options.mode in ("reduce-overhead", "max-autotune") or bool(options.inner_options.get("triton.cudagraphs"))
 
 
+def overlaps(out: torch.Tensor, setup: Setup) -> bool:
+    """Does an exchange with the result [T, O] pay for a stream of its own, beside a shared expert? On a GPU, in CUDA graphs or if large."""
+    return out.is_cuda and (setup.cuda_graphs or (_hint(out.numel()) or 0) * out.dtype.itemsize >= OVERLAPPED)
+
+
+def _hint(size: int | torch.SymInt) -> int | None:
+    """The size in the call that is being compiled, if anybody knows."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else None
+    return size
+
+
 def _tokens(region: MoERegion) -> int | None:
     """T of the call that is being compiled; later calls may have others, which any choice must get right and only this one fast."""
     ids = tensor_of(region.decision.ids)
-    slots = ids.numel() if ids is not None else None
-    if isinstance(slots, torch.SymInt):
-        slots = slots.node.hint if slots.node.has_hint() else None
+    slots = _hint(ids.numel()) if ids is not None else None
     return slots // region.formula.top_k if slots is not None else None

@@ -111,7 +111,7 @@ def overlapped(name: str, axes: dict[str, Any], inner: str = "eager") -> None:
 
     def compiled_by(gm: Any, inputs: Any) -> Any:
         fuse(gm)
-        overlap(gm, ("cpu", "cuda"))
+        overlap(gm, lambda x, setup: True)
         gm.graph.lint()
         gm.recompile()
         order.extend(getattr(n.target, "__name__", str(n.target)) for n in gm.graph.nodes if n.op == "call_function")

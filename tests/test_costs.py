@@ -14,6 +14,7 @@ from ranks import Ranks
 from moe_compile.ops import registry
 from moe_compile.ops.comm import costs
 from moe_compile.ops.comm.measured import SHIPPED
+from moe_compile.ops.comm.setup import Setup
 from moe_compile.ops.registry import Problem
 from moe_compile.passes import select
 
@@ -104,3 +105,12 @@ def test_losers_of_batched_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     other = select.choose(PROBLEM, ("comm",), weights_inside=True)
     assert other.providers["comm"] != "cheap"
     assert "read" in other.losers["comm"]["cheap"]
+
+
+@pytest.mark.parametrize(("device", "tokens", "graphs", "wanted"), [
+    ("cuda", 128, True, True), ("cuda", 128, False, False), ("cuda", 4096, False, True), ("cpu", 4096, True, False),
+])  # fmt: skip
+def test_an_exchange_gets_a_stream_of_its_own_where_that_pays(device: str, tokens: int, graphs: bool, wanted: bool) -> None:
+    with torch._subclasses.FakeTensorMode():
+        out = torch.empty((tokens, 2048), dtype=torch.bfloat16, device=device)
+    assert select.overlaps(out, Setup("0", 2048, 8, 128, cuda_graphs=graphs)) is wanted
