@@ -1,6 +1,7 @@
 """Shipped tables of exchange costs, in microseconds of dispatch + collect: benchmarks/exchange.py, the better of eager and CUDA graph.
 
-Results and commands: benchmarks/results/h200_exchange.md; deepep_ht and alltoall in bfloat16: h200_exchange_later.md.
+Results and commands: benchmarks/results/h200_exchange.md; deepep_ht and alltoall in bfloat16: h200_exchange_later.md; two ranks:
+h200_exchange_2.md.
 """
 
 from __future__ import annotations
@@ -10,8 +11,23 @@ from collections.abc import Mapping
 from .costs import REFERENCE, Key, Table
 
 _ORIGIN = "4 H200 of one host, torch 2.11"
+_OF_TWO = "2 H200 of one host, torch 2.11"
 
 SHIPPED: Mapping[Key, Table] = {
+    Key("H200", 2, "none"): Table(
+        REFERENCE,
+        _OF_TWO,
+        {
+            "nvlink": {1: 18, 16: 20, 128: 30, 512: 70, 4096: 377},
+            "nvlink_batched": {1: 35, 16: 39, 128: 84, 512: 224},
+            "allgather": {1: 69, 16: 74, 128: 114, 512: 166, 4096: 649},
+            "alltoall": {1: 972, 16: 1081, 128: 1038, 512: 1166, 4096: 1864},
+            "deepep_ht": {1: 81, 16: 86, 128: 94, 512: 149, 4096: 539},
+            "deepep_ll": {1: 48, 16: 51, 128: 101, 512: 287},
+            "deepep_v2": {1: 55, 16: 58, 128: 70, 512: 113, 4096: 526},
+            "pplx": {1: 48, 16: 52, 128: 108},
+        },
+    ),
     Key("H200", 4, "none"): Table(
         REFERENCE,
         _ORIGIN,
