@@ -22,8 +22,10 @@ from . import (
     experts_cpu,
     experts_cuda,
     experts_reference,
+    experts_triton,
     grouped,
     inline,
+    local_experts,
     quantize_dispatch,
     registry,
     route,
@@ -32,7 +34,17 @@ from .comm import allgather, alltoall, deepep_ht, deepep_ll, deepep_v2, local, n
 from .program import Program, parse
 from .registry import Problem, Provider, providers, register
 
-OPS = (route.OP, quantize_dispatch.OP, experts.OP, experts.SAVING_OP, experts.BACKWARD_OP, combine.OP, experts_combine.OP, grouped.OP)
+OPS = (
+    route.OP,
+    quantize_dispatch.OP,
+    experts.OP,
+    experts.SAVING_OP,
+    experts.BACKWARD_OP,
+    combine.OP,
+    experts_combine.OP,
+    grouped.OP,
+    local_experts.OP,
+)
 
 
 def source_hash() -> str:
@@ -62,9 +74,11 @@ __all__ = [
     "experts_cpu",
     "experts_cuda",
     "experts_reference",
+    "experts_triton",
     "grouped",
     "inline",
     "local",
+    "local_experts",
     "nvlink",
     "nvlink_batched",
     "parse",

@@ -40,18 +40,12 @@ def run(
     kernels = registry.get("experts", provider).kernels
     out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
     if experts.SORTED in kernels and own.format == "standard":
-        return own.collect_slots(kernels[experts.SORTED](call), _places(order, got.ids), w, got.handle, out_dtype)
+        y, rows = kernels[experts.SORTED](call)
+        return own.collect_slots(y, rows.view(got.ids.shape), w, got.handle, out_dtype)
     y_RO = torch.ops.moe_compile.permute_experts_combine(
         rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider
     )
     return own.collect(y_RO, got.handle, out_dtype, combine_weights)
-
-
-def _places(order: Any, ids_RK: Any) -> Any:
-    """int32 [R, K]: where each slot stands in order, -1 for those without an expert."""
-    places = torch.full((ids_RK.numel(),), -1, dtype=torch.int32, device=order.device)
-    places[order] = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
-    return torch.where(ids_RK >= 0, places.view(ids_RK.shape), -1)
 
 
 def _result_dtype(call: experts.Call, w: Any, combine_weights: Any, out_dtype: Any) -> Any:

@@ -29,7 +29,8 @@ SCHEMA = f"{NAME}({_ARGS}) -> Tensor"
 SAVING = NAME + "_saving"
 SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
 BACKWARD = NAME + "_backward"
-SORTED = "permute_experts"  # (call) -> y of the slots in the order of call.order, which may leave out those of no expert
+SORTED = "permute_experts"  # (call) -> (y, int32 [N] the row of each slot in it, -1 for those of no expert)
+LOCAL = "local_experts"  # (call without order, ids [T, K], number of experts, out dtype) -> out [T, O]: local_experts.py
 COMBINED = "permute_experts_combine"  # these three: experts_combine.py
 COMBINED_SAVING = COMBINED + "_saving"
 COMBINED_BACKWARD = COMBINED + "_backward"
@@ -85,10 +86,14 @@ class Call:
         return Needs(needs_grad[0], needs_grad[1], weights, biases, self.combined and needs_grad[-1])
 
 
-def prepare(
+def prepare(x: Any, order: Any, offsets: Any, *inputs: Any) -> Call:
+    """The call of a stage op's arguments without the provider."""
+    return dataclasses.replace(prepare_unsorted(x, offsets.shape[0], *inputs), order=order, offsets=offsets)
+
+
+def prepare_unsorted(
     x: Any,
-    order: Any,
-    offsets: Any,
+    num_experts: int,
     topk_weights: Any,
     weights: list[Any],
     biases: list[Any],
@@ -97,11 +102,13 @@ def prepare(
     bias_layout: str,
     top_k: int,
 ) -> Call:
-    """Checks the arguments against each other (no data is read) and infers the types of the program's values."""
+    """A call whose slots are not sorted yet: order and offsets are None.
+
+    Checks the arguments against each other (no data is read) and infers the types of the program's values.
+    """
     parsed = parse(program)
-    experts = offsets.shape[0]
-    weight_params = Params(weights, weight_layout, experts, "weight")
-    bias_params = Params(biases, bias_layout, experts, "bias")
+    weight_params = Params(weights, weight_layout, num_experts, "weight")
+    bias_params = Params(biases, bias_layout, num_experts, "bias")
     _check(parsed, x, weight_params, bias_params, topk_weights, top_k)
     values = infer(
         parsed,
@@ -112,7 +119,14 @@ def prepare(
             tuple(Value(tensor.shape[-1], tensor.dtype) for tensor in bias_params.firsts()),
         ),
     )
-    return Call(x, order, offsets, topk_weights, weight_params, bias_params, parsed, values, top_k)
+    return Call(x, None, None, topk_weights, weight_params, bias_params, parsed, values, top_k)
+
+
+def combined(call: Call, combine_weights: Any) -> Call:
+    """The same call with the sum over a token's slots."""
+    if combine_weights is not None and combine_weights.dim() != 2:
+        raise ValueError(f"combine_weights must be [T, K], got shape {tuple(combine_weights.shape)}")
+    return dataclasses.replace(call, combined=True, combine_weights=combine_weights)
 
 
 def _check(program: Program, x: Any, weights: Params, biases: Params, topk_weights: Any, top_k: int) -> None:

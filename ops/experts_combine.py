@@ -9,7 +9,6 @@ sum((grad @ W.T) * e), of which grad @ W.T is needed anyway. A provider without 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,13 +27,11 @@ BACKWARD_SCHEMA = f"{experts.COMBINED_BACKWARD}(Tensor grad_TO, Tensor[] saved, 
 def prepare(*args: Any) -> tuple[experts.Call, Any]:
     """The call, and the dtype of out, from the op's arguments without the provider."""
     *inputs, combine_weights, out_dtype = args
-    call = experts.prepare(*inputs)
-    if combine_weights is not None and combine_weights.dim() != 2:
-        raise ValueError(f"combine_weights must be [T, K], got shape {tuple(combine_weights.shape)}")
+    call = experts.combined(experts.prepare(*inputs), combine_weights)
     y_dtype = call.values[-1].dtype
     if out_dtype is None:
         out_dtype = y_dtype if combine_weights is None else torch.promote_types(y_dtype, combine_weights.dtype)
-    return dataclasses.replace(call, combined=True, combine_weights=combine_weights), out_dtype
+    return call, out_dtype
 
 
 def _kernel(*args: Any) -> Any:

@@ -101,10 +101,13 @@ def forward(call: Call) -> Any:
     return forward_saving(call, [False] * len(call.parameters()))[0]
 
 
-def forward_sorted(call: Call) -> Any:
-    """y in the order of call.order; rows behind the last expert's are undefined."""
+def forward_sorted(call: Call) -> tuple[Any, Any]:
+    """(y in the order of call.order, rows behind the last expert's undefined; int32 [N] the row of each slot, -1 for none)."""
     grouped = Grouped(call)
-    return evaluate(call.program, grouped.reads(grouped.mm))[-1].expand(call.order.shape[0], call.values[-1].width).contiguous()
+    y_NO = evaluate(call.program, grouped.reads(grouped.mm))[-1].expand(call.order.shape[0], call.values[-1].width).contiguous()
+    place = torch.arange(call.order.shape[0], dtype=torch.int32, device=call.x.device)
+    rows = torch.full((call.x.shape[0] * call.top_k,), -1, dtype=torch.int32, device=call.x.device)
+    return y_NO, rows.index_copy_(0, call.order, place.masked_fill(grouped.no_expert_N1[:, 0], -1))
 
 
 def forward_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:

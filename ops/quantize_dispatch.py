@@ -18,6 +18,8 @@ from . import registry
 from ._register import below_autograd, register_composite, register_op
 from .comm import exchange
 from .comm.setup import Setup, local_range
+from .kernels.plan import sort_ids
+from .kernels.plan import supports as can_sort
 from .sizes import dynamic_size
 
 NAME = "quantize_dispatch"
@@ -45,11 +47,18 @@ def counting_sort(ids_TK: Any, num_experts: int, in_range: bool = False) -> tupl
     return order, torch.searchsorted(sorted_keys, experts, right=True, out_int32=True)
 
 
+def sorted_slots(ids_TK: Any, num_experts: int) -> tuple[Any, Any]:
+    """counting_sort; on a GPU by small kernels of our own instead of a sort. Not for graphs that are being traced."""
+    if ids_TK.is_cuda and can_sort(ids_TK.device, num_experts) is None:
+        return sort_ids(ids_TK, num_experts)
+    return counting_sort(ids_TK, num_experts)
+
+
 def local(x_TH: Any, ids_TK: Any, num_experts: int, quant: str) -> tuple[Any, ...]:
     """Provider "local": the experts read x itself, so rows and scales have no rows, and there is no handle."""
     if quant != "none":
         raise ValueError(f"provider 'local' moves no rows and quantises none, quant is {quant!r}; use quant='none'")
-    order, offsets = counting_sort(ids_TK, num_experts)
+    order, offsets = sorted_slots(ids_TK, num_experts)
     return x_TH.new_empty((0, x_TH.shape[-1])), x_TH.new_empty(0, dtype=torch.float32), order, offsets, [], []
 
 
@@ -75,7 +84,7 @@ def _over_ranks(x_TH: Any, ids_TK: Any, weights: list[Any], own: Any) -> tuple[A
 def received_slots(got: Any, own: Any, may_read: bool = True) -> tuple[Any, Any]:
     """(order, offsets) of what an exchange `own` brought; may_read: its number of slots may be read back to the host."""
     first, end = local_range(own.setup.num_experts, own.world, own.rank)
-    order, offsets = counting_sort(got.ids, end - first)
+    order, offsets = sorted_slots(got.ids, end - first)
     if may_read and exact(own.setup, got.ids.shape[1], own.rows_known):
         order = order[: _used_slots(got, offsets, own.setup)].clone()
     return order, offsets

@@ -3,6 +3,7 @@
 Before:   y = permute_experts_unpermute(x, order, offsets, ...); out = combine(y, w, handle, dtype, "local")
 After:    out = permute_experts_combine(x, order, offsets, ..., w, dtype, provider)
 
+or, in inference, by a provider that sorts for itself: out = local_experts(x, ids, ..., w, dtype, provider)
 Over ranks, in inference, all three become one: out = exchange_experts(x, ids, w, ...), beside which other work may go on (overlap.py).
 
 The graph that users see and compare has the stages; moe_compile/inductor.py calls this on the way down. An op named *_inline
@@ -18,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from moe_compile.ops import experts_combine, inline, quantize_dispatch, registry, route
+from moe_compile.ops.experts import LOCAL
 
 from .decisions import between, tensor_of, writes_in_place
 from .lift.sizes import shape_of
@@ -120,20 +122,31 @@ def _written_between(first: Node, last: Node) -> bool:
 
 
 def _fuse(gm: GraphModule, combine: Node, experts: Node) -> None:
-    _, topk_weights, _, out_dtype, _ = combine.args
-    *inputs, provider = experts.args
-    rest: tuple[Any, ...] = (topk_weights, out_dtype, provider)
-    if _target(experts) == inline.NAME:
-        order, offsets, *places = _sorted(gm, experts)
-        inputs[1:3], rest = (order, offsets), (topk_weights, out_dtype, *places)
+    target = str(_target(experts))
+    if target == experts_combine.NAME and LOCAL in registry.get("experts", experts.args[-1]).kernels and not _wants_gradient(gm):
+        target = LOCAL
+    args = _arguments(gm, combine, experts, target)
     with gm.graph.inserting_before(combine):
-        fused = gm.graph.call_function(getattr(torch.ops.moe_compile, str(_target(experts))).default, (*inputs, *rest))
+        fused = gm.graph.call_function(getattr(torch.ops.moe_compile, target).default, args)
     fused.meta = dict(combine.meta)
     combine.replace_all_uses_with(fused)
     dispatch = experts.args[1].args[0]
     for n in (combine, experts, *dispatch.users, dispatch):
         if not n.users:
             gm.graph.erase_node(n)
+
+
+def _arguments(gm: GraphModule, combine: Node, experts: Node, target: str) -> tuple[Any, ...]:
+    """Those of the op that takes the place of both."""
+    _, topk_weights, _, out_dtype, _ = combine.args
+    x, order, offsets, *inputs, top_k, provider = experts.args
+    if target == LOCAL:
+        _, ids, num_experts, *_ = order.args[0].args
+        return x, ids, num_experts, *inputs, topk_weights, out_dtype, provider
+    if target == inline.NAME:
+        order, offsets, *places = _sorted(gm, experts)
+        return x, order, offsets, *inputs, top_k, topk_weights, out_dtype, *places
+    return x, order, offsets, *inputs, top_k, topk_weights, out_dtype, provider
 
 
 def _sorted(gm: GraphModule, experts: Node) -> tuple[Any, ...]:

@@ -1,4 +1,5 @@
-"""The benchmarks over ranks, on two gloo processes with tiny sizes: what they print and write, and that a wrong result fails them."""
+"""The benchmarks with tiny sizes on the CPU, those over ranks on two gloo processes: what they print and write, and that a wrong result
+fails them."""
 
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ def torchrun(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
-def plot() -> Any:
-    """benchmarks/plot.py as a module."""
-    spec: Any = importlib.util.spec_from_file_location("plot", FOLDER / "plot.py")
+def plot(name: str = "plot") -> Any:
+    """benchmarks/plot.py, or another that needs nothing, as a module."""
+    spec: Any = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -150,3 +151,80 @@ def test_a_model_over_ranks_gives_its_logits() -> None:
         assert float(found[path][4]) > 0
     rival = found["transformers, expert parallel, eager"]
     assert rival[1] == "-" or float(rival[1]) > 0, rival  # its plan may not run on gloo; the reason stands in the table
+
+
+WRONG_ROW = """
+import dataclasses
+
+from moe_compile.ops import experts_cpu, registry
+from moe_compile.ops.experts import COMBINED
+
+
+def wrong(call, out_dtype):
+    out = experts_cpu.PROVIDER.kernels[COMBINED](call, out_dtype)
+    out[-1] *= 1.05
+    return out
+
+
+kernels = {**experts_cpu.PROVIDER.kernels, COMBINED: wrong}
+registry.register(dataclasses.replace(experts_cpu.PROVIDER, name="wrong", kernels=kernels))
+"""
+
+
+def moe_layer(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / "moe_layer.py"), "--cpu", "--shapes", "tiny", "--repeats", "3", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_layer_on_one_device_is_measured_beside_its_peers(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.csv"
+    done = moe_layer(f"--{mode}", "--tokens", "5", "--without", "transformers grouped_mm compiled", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["mode"] for row in rows} == {mode}
+    timed = {row["peer"] for row in rows if row["us"]}
+    own = {"ours cpu_grouped", "ours reference"}
+    assert timed >= own | {"transformers grouped_mm", "transformers batched_mm", "hand grouped_mm", "dense bmm"}
+    for row in rows:
+        assert row["ok"] == "True", row
+        assert (float(row["us"]) > 0 and 0 < float(row["error"]) < 2e-2) if row["us"] else row["note"], row
+    text = path.with_suffix(".md").read_text()
+    assert [row[2] for row in table_rows(text) if row[0] == mode] == ["5 uniform", "5 zipf"]
+    assert "- vLLM: vLLM's fused_experts runs on cuda, device is cpu" in text
+    assert path.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None), done.stdout
+
+
+def test_a_wrong_layer_fails_the_run(tmp_path: Path) -> None:
+    plugin = tmp_path / "wrong.py"
+    plugin.write_text(WRONG_ROW)
+    done = moe_layer("--tokens", "3", "--routings", "zipf", "--peers", "ours cpu", "ours wrong", "hand", "--plugin", str(plugin))
+    assert done.returncode != 0
+    (cells,) = (row for row in table_rows(done.stdout) if row[0] == "3 zipf")
+    assert float(cells[2].strip("*")) > 0, done.stdout + done.stderr
+    assert cells[3].startswith("WRONG")
+
+
+def test_gains_of_a_layer_are_against_the_best_right_other_of_the_session() -> None:
+    def row(session: str, tokens: str, peer: str, us: str, ok: str = "True", note: str = "") -> dict[str, str]:
+        about = {"session": session, "date": "today", "hardware": "GPU", "software": "torch", "command": "x", "repeats": "3"}
+        shape = {"shape": "tiny", "hidden": "64", "inter": "32", "experts": "8", "top_k": "2", "dtype": "bfloat16", "mode": "forward"}
+        work = {"routing": "zipf", "floor_us": "5", "flops": "1e9", "bytes": "1e6", "flop_rate": "1e15", "byte_rate": "4e12"}
+        found = {"of_floor": "0.5", "error": "1e-3" if us else "", "peak_gib": "0"}
+        return {**about, **shape, **work, "tokens": tokens, "peer": peer, "us": us, **found, "ok": ok, "note": note}
+
+    rows = [
+        row("a", "1", "ours x", "10"), row("a", "1", "ours y", "20"), row("a", "1", "library", "12"),
+        row("a", "1", "fast but wrong", "1", "False"),
+        row("a", "2", "ours x", "10"), row("a", "2", "library", "30"), row("a", "2", "absent", "", note="not importable: so"),
+        row("b", "1", "library", "6"),
+    ]  # fmt: skip
+    text = plot("layer_plot").table(rows)
+    short = [cells for cells in table_rows(text) if cells[0] == "forward"]
+    assert [cells[8] for cells in short] == ["1.20x", "3.00x", "-"]
+    assert short[0][3:8] == ["5.0", "10.0 ours x", "0.50", "12.0 library", "0.42"]
+    assert "by 1.897x (geometric mean of 2; tiny 1.897x), at the least by 1.20x (tiny 1 zipf)" in text
+    assert "WRONG (1e-3)" in text
+    assert "- absent: not importable: so" in text

@@ -41,6 +41,24 @@ def test_a_provider_that_is_torch_code_is_traced_through():
     assert node(gm, "sort_slots").args[-1] is True  # ids of a top-k over all experts are in range
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_provider_that_sorts_for_itself_gets_the_ids_in_inference(gradients):
+    gm = rewritten()
+    inputs = [torch.randn(n.meta["example_value"].shape) for n in gm.graph.nodes if n.op == "placeholder"]
+    expected = gm(*inputs)
+    provided_by(gm, "triton")
+    with torch.set_grad_enabled(gradients):
+        fuse(gm)
+    gm.graph.lint()
+    name = FUSED if gradients else "local_experts"
+    assert calls(gm, *STAGES, FUSED, "local_experts") == (["quantize_dispatch", FUSED] if gradients else ["local_experts"])
+    fused = node(gm, name)
+    assert "blocks.py" in fused.meta["stack_trace"]
+    fused.args = (*fused.args[:-1], "reference")
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs), expected)
+
+
 def test_ids_that_may_be_no_experts_are_said_to_be():
     gm = rewritten()
     provided_by(gm, "inline")

@@ -5,36 +5,17 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so the cases run in one 
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from interpreted import Cases
 
-CASES: dict[str, Callable[[], None]] = {}
+CASES = Cases(__file__)
 POISON, GUARD = 0x7F, 4096  # what the workspace holds at first, and bytes behind it that nothing may touch
-
-
-def case(function: Callable[..., None], *args: Any) -> Callable[..., None]:
-    CASES["-".join([function.__name__, *(str(arg).replace("torch.", "") for arg in args)])] = functools.partial(function, *args)
-    return function
-
-
-def cases(*arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
-    def add(function: Any) -> Any:
-        for args in arguments:
-            case(function, *args)
-        return function
-
-    return add
 
 
 class Ranks:
@@ -169,35 +150,35 @@ def exchange_once(ranks: Ranks, counts: list[int], seed: int = 0, ids: list[Any]
     check_collect(ranks, ids, [each.handle for each in got], seed)
 
 
-@cases((2, [8, 8]), (4, [8, 5, 3, 8]), (2, [0, 8]), (2, [1, 0]), (2, [0, 0]), (3, [7, 1, 2]), (1, [5]), (8, [1, 2, 3, 4, 5, 6, 7, 8]))
+@CASES.add((2, [8, 8]), (4, [8, 5, 3, 8]), (2, [0, 8]), (2, [1, 0]), (2, [0, 0]), (3, [7, 1, 2]), (1, [5]), (8, [1, 2, 3, 4, 5, 6, 7, 8]))
 def random_routing(world: int, counts: list[int]) -> None:
     exchange_once(Ranks(world), counts)
 
 
-@cases((torch.bfloat16,), (torch.float16,), (torch.float32,))
+@CASES.add((torch.bfloat16,), (torch.float16,), (torch.float32,))
 def dtypes(dtype: torch.dtype) -> None:
     exchange_once(Ranks(2, dtype=dtype, hidden=48), [8, 5], dtype=torch.int32)
 
 
-@cases((0,), (5,), (-1,), (8,))
+@CASES.add((0,), (5,), (-1,), (8,))
 def all_tokens_one_expert(expert: int) -> None:
     """Also no token anywhere (-1, 8: no expert)."""
     ranks = Ranks(2)
     exchange_once(ranks, [8, 6], ids=[torch.full((n, 3), expert) for n in (8, 6)])
 
 
-@cases((9, 4), (5, 2), (3, 4))
+@CASES.add((9, 4), (5, 2), (3, 4))
 def uneven_experts(experts: int, world: int) -> None:
     """The last ranks have fewer experts, or none."""
     exchange_once(Ranks(world, num_experts=experts), [8] * world)
 
 
-@case
+@CASES.add()
 def repeated_ids() -> None:
     exchange_once(Ranks(2), [3, 2], ids=[torch.tensor([[1, 1, 1], [0, 7, 0], [7, 7, -1]]), torch.tensor([[4, 4, 0], [-1, -1, 3]])])
 
 
-@cases((2,), (4,))
+@CASES.add((2,), (4,))
 def many_calls(world: int) -> None:
     """Buffers and signals are used again; fewer tokens leave no ids of earlier calls behind."""
     ranks = Ranks(world)
@@ -206,7 +187,7 @@ def many_calls(world: int) -> None:
         exchange_once(ranks, torch.randint(0, 9, (world,), generator=generator).tolist(), seed)
 
 
-@case
+@CASES.add()
 def views_and_clones() -> None:
     ranks = Ranks(2)
     x, ids, _ = tokens(ranks, [8, 8])
@@ -219,7 +200,7 @@ def views_and_clones() -> None:
     assert not torch.equal(view[0].rows, kept[0]), "a view must show the last call's rows"
 
 
-@cases((32,), (8,), (20,))
+@CASES.add((32,), (8,), (20,))
 def send_and_collect_other_width(width: int) -> None:
     """Backward: rows of another tensor by the same handle, then their sum."""
     ranks = Ranks(2)
@@ -236,7 +217,7 @@ def send_and_collect_other_width(width: int) -> None:
     check_collect(ranks, ids, handles, 1, width)
 
 
-@cases((128, [5, 8]), (384, [8, 1]))
+@CASES.add((128, [5, 8]), (384, [8, 1]))
 def fp8(hidden: int, counts: list[int]) -> None:
     ranks = Ranks(2, hidden=hidden, quant="fp8", dtype=torch.bfloat16)
     x, ids, weights = tokens(ranks, counts)
@@ -247,14 +228,14 @@ def fp8(hidden: int, counts: list[int]) -> None:
     check_collect(ranks, ids, [each.handle for each in got], 0)
 
 
-@cases((600, 2), (513, 4))
+@CASES.add((600, 2), (513, 4))
 def more_than_fused(most: int, world: int) -> None:
     """Places found by the kernel of their own, several programs."""
     ranks = Ranks(world, max_tokens=most, hidden=8, num_experts=16)
     exchange_once(ranks, [most, *[3] * (world - 1)])
 
 
-@cases((1,), (3,))
+@CASES.add((1,), (3,))
 def split_rows(splits: int) -> None:
     ranks = Ranks(2, hidden=384)
     for exchange in ranks.exchanges:
@@ -262,7 +243,7 @@ def split_rows(splits: int) -> None:
     exchange_once(ranks, [8, 5])
 
 
-@case
+@CASES.add()
 def collect_slots() -> None:
     """Rows that are weighted sums of slots, never written."""
     ranks = Ranks(2)
@@ -285,7 +266,7 @@ def collect_slots() -> None:
         torch.testing.assert_close(each.double(), expect_collect(ranks, ids, rows, src, len(ids[src])), rtol=1e-5, atol=1e-5)
 
 
-@case
+@CASES.add()
 def items_of_collect() -> None:
     """Every unit and every tile once, both ascending, and a tile never before the units that other ranks' tiles of its tokens need."""
     import triton
@@ -315,7 +296,7 @@ def items_of_collect() -> None:
             assert unit >= 0 or sent >= min(groups, tile + 1) * peers
 
 
-@cases((1, 4), (64, 2), (600, 8))
+@CASES.add((1, 4), (64, 2), (600, 8))
 def lags(lag: int, tile: int) -> None:
     ranks = Ranks(2, max_tokens=600, hidden=8)
     for exchange in ranks.exchanges:
@@ -354,19 +335,19 @@ def batched_once(ranks: Ranks, counts: list[int], seed: int, ids: list[Any] | No
     return dropped
 
 
-@cases((2, [8, 5]), (4, [8, 0, 3, 8]), (2, [0, 0]), (1, [7]))
+@CASES.add((2, [8, 5]), (4, [8, 0, 3, 8]), (2, [0, 0]), (1, [7]))
 def batched(world: int, counts: list[int]) -> None:
     ranks = Ranks(world, batched_capacity=8 * 3 * world)
     for seed in range(3):
         assert batched_once(ranks, counts, seed) == 0
 
 
-@cases((9, 4), (5, 4))
+@CASES.add((9, 4), (5, 4))
 def batched_uneven(experts: int, world: int) -> None:
     batched_once(Ranks(world, num_experts=experts, batched_capacity=24 * world), [8] * world, 1)
 
 
-@case
+@CASES.add()
 def batched_and_plain() -> None:
     """Both formats in turn share buffers and numbering."""
     ranks = Ranks(2, batched_capacity=48)
@@ -375,7 +356,7 @@ def batched_and_plain() -> None:
         exchange_once(ranks, [8, 2], seed)
 
 
-@case
+@CASES.add()
 def batched_overflow() -> None:
     """Rows beyond the capacity are dropped, memory beyond is untouched, every rank raises once and goes on."""
     ranks = Ranks(2, batched_capacity=4)
@@ -383,7 +364,7 @@ def batched_overflow() -> None:
     assert batched_once(ranks, [4, 3], 0, ids, overflow=9) == 3 + 6
 
 
-@case
+@CASES.add()
 def timeout() -> None:
     """A peer that never sends: the call ends, the next one says who was missing."""
     from moe_compile.ops.comm.peer.workspace import ExchangeTimeout
@@ -398,7 +379,7 @@ def timeout() -> None:
     assert (caught.value.stage, caught.value.peer, caught.value.ranks) == ("dispatch", 1, [0, 1])
 
 
-@case
+@CASES.add()
 def collect_timeout_poisons() -> None:
     ranks = Ranks(2)
     x, ids, _ = tokens(ranks, [4, 4], low=0)
@@ -415,7 +396,7 @@ def raises(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
         call()
 
 
-@case
+@CASES.add()
 def errors() -> None:
     exchange = Ranks(2).exchanges[0]
     x, ids = torch.randn((4, 32)), torch.zeros((4, 3), dtype=torch.int64)
@@ -447,35 +428,8 @@ def errors() -> None:
     raises(RuntimeError, "destroyed", lambda: exchange.dispatch(x, ids))
 
 
-@functools.cache
-def results() -> dict[str, str]:
-    """case -> "" or its traceback."""
-    run = subprocess.run(
-        [sys.executable, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
-    return found
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_in_interpreter(name: str) -> None:
-    pytest.importorskip("triton")
-    assert not results()[name], results()[name]
-
-
-def main(names: list[str]) -> None:
-    found = {}
-    for name in names or CASES:
-        try:
-            CASES[name]()
-            found[name] = ""
-        except Exception:  # noqa: BLE001  the traceback is the result
-            found[name] = traceback.format_exc()
-            if names:
-                print(found[name])
-    print(json.dumps(found))
+test_in_interpreter = CASES.test()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    CASES.main()

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from ops_cases import value_and_grads, with_grad
 
-from moe_compile.ops import combine, experts, experts_combine, quantize_dispatch, route
+from moe_compile.ops import combine, experts, experts_combine, local_experts, quantize_dispatch, route
 from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.route import Routing
 
@@ -22,6 +22,7 @@ CHECKED = [
     *((quantize_dispatch.OP, (*args, "local")) for args in quantize_dispatch.sample_inputs()),
     *((combine.OP, (*args, "local")) for args in combine.sample_inputs()),
     *((experts.OP, (*args, provider)) for args in experts.sample_inputs() for provider in ("reference", "cpu_grouped")),
+    *((local_experts.OP, (*args, "cpu_grouped")) for args in local_experts.sample_inputs()),
     *((experts_combine.OP, (*args, provider)) for args in experts_combine.sample_inputs() for provider in ("reference", "cpu_grouped")),
 ]
 

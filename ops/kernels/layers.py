@@ -1,0 +1,202 @@
+"""An expert program as layers: each some products of the same rows, and what is computed from them where they stand in registers.
+
+    mm(1, silu(cols(mm(0, x), 0, I, 1)) * cols(mm(0, x), I, 2*I, 1))
+    = layer 0: h[:, j] = silu(p0) * p1,  p0 = (x @ W0)[:, j], p1 = (x @ W0)[:, I + j]
+      layer 1: y[:, j] = p0,             p0 = (h @ W1)[:, j]
+
+A layer without products comes first where rows are changed before their product: "mm(0, x * w)" is x * w, then a product of that.
+A column slice is pushed down to what it is taken of, so a product or a bias is read at columns start + step * j. What is computed from
+them becomes the source of a Triton function, which the kernels get as their EPILOGUE. Values are float32 between two products.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_compile.ops.functions import FUNCTIONS
+from moe_compile.ops.infer import Value
+from moe_compile.ops.layout import Slot
+from moe_compile.ops.program import Program, Step
+
+MOST_PRODUCTS = 2
+MOST_BIASES = 2
+
+
+class Unfit(Exception):
+    """Why the kernels do not compute a program."""
+
+
+class Columns(NamedTuple):
+    """Columns start + step * j of weight or bias number `of`."""
+
+    of: int
+    start: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One grouped product: out[:, j] = epilogue(products' columns, biases' columns, w), j < width. Without products: of x and w.
+
+    operand: dtype that rows and weights are multiplied in; dtype: of out; body: lines of the epilogue, the last value's name is `result`.
+    """
+
+    operand: torch.dtype
+    products: tuple[Columns, ...]
+    biases: tuple[Columns, ...]
+    reads_w: bool
+    width: int
+    dtype: torch.dtype
+    body: tuple[str, ...]
+    result: str
+
+
+@functools.lru_cache(maxsize=256)
+def layers_of(program: Program, values: tuple[Value, ...]) -> tuple[Layer, ...]:
+    """The program's layers, first one first. Raises Unfit with the reason where it has no such form."""
+    found: list[Layer] = []
+    at: int | None = len(program.steps) - 1
+    while at is not None:
+        builder = _Builder(program, values)
+        found.append(builder.layer(at))
+        at = _rows(program, builder.operand) if found[-1].products else None
+    if not any(layer.products for layer in found):
+        raise Unfit(f"{program.text!r} has no product")
+    return tuple(reversed(found))
+
+
+def unfit(program: Program, dtype: torch.dtype, layouts: Sequence[Slot] = ()) -> str | None:
+    """Why the kernels do not compute a program of rows of a dtype, as far as that shows without widths. layouts: of the weights."""
+    values = tuple(_typical(step, dtype) for step in program.steps)
+    try:
+        layers = layers_of(program, values)
+    except Unfit as reason:
+        return str(reason)
+    for layer in layers if layouts else ():
+        if len({(layouts[each.of].stacked, layouts[each.of].axes) for each in layer.products}) > 1:
+            return f"the products of a layer of {program.text!r} read weights that lie differently"
+    return None
+
+
+def _typical(step: Step, dtype: torch.dtype) -> Value:
+    """A step's type where nothing is known of widths."""
+    if step.op == "const":
+        return Value(0, None, step.attrs[0])
+    if step.op in FUNCTIONS and FUNCTIONS[step.op].result == "bool":
+        return Value(2, torch.bool)
+    return Value(1 if step.op == "w" else 2, dtype)
+
+
+def _rows(program: Program, operand: int) -> int | None:
+    """The step that makes a product's rows; None if they are x, maybe cast."""
+    at = operand
+    while program.steps[at].op in ("cast", "stop"):
+        at = program.steps[at].args[0]
+    return None if program.steps[at].op == "x" else operand
+
+
+@dataclass
+class _Builder:
+    """Walks from a layer's result to its products."""
+
+    program: Program
+    values: tuple[Value, ...]
+    products: list[Columns] = field(default_factory=list)
+    biases: list[Columns] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+    names: dict[tuple[int, int, int], str] = field(default_factory=dict)
+    reads_w: bool = False
+    reads_x: bool = False
+    operand: int = -1
+
+    def layer(self, at: int) -> Layer:
+        result = self.value(at, 0, 1)
+        if self.reads_x and (self.products or self.biases):
+            raise Unfit(f"{self.program.text!r} reads x beside a product or a bias")
+        if len(self.products) > MOST_PRODUCTS or len(self.biases) > MOST_BIASES:
+            raise Unfit(
+                f"{self.program.text!r} computes with {len(self.products)} products and {len(self.biases)} biases at a time, the kernels "
+                f"take up to {MOST_PRODUCTS} and {MOST_BIASES}"
+            )
+        dtype, width = self.values[at].dtype, self.values[at].width
+        operand = self.values[self.operand if self.products else at].dtype
+        if dtype not in FLOATS or operand not in FLOATS:
+            raise Unfit(f"{self.program.text!r} multiplies {operand} and gives {dtype}; the kernels take float32, bfloat16 and float16")
+        return Layer(operand, self.in_order(), tuple(self.biases), self.reads_w, int(width), dtype, tuple(self.body), result)
+
+    def in_order(self) -> tuple[Columns, ...]:
+        """The products as they lie in memory; the epilogue's first lines give them their names again."""
+        ordered = tuple(sorted(self.products))
+        if ordered != tuple(self.products):
+            self.body[:0] = ["first = p0", "p0 = p1", "p1 = first"]
+        return ordered
+
+    def value(self, at: int, start: int, step: int) -> str:
+        """The name of a step's value at columns start + step * j."""
+        if self.values[at].dtype is not None and self.values[at].width == 1:
+            start, step = 0, 0  # the same for all j
+        key = at, start, step
+        if key not in self.names:
+            self.names[key] = self._value(at, start, step)
+        return self.names[key]
+
+    def _value(self, at: int, start: int, step: int) -> str:
+        s = self.program.steps[at]
+        if s.op == "const":
+            return _literal(s.attrs[0])
+        if s.op in ("cast", "stop"):
+            return self.value(s.args[0], start, step)
+        if s.op == "cols":
+            first, _, stride = s.attrs
+            return self.value(s.args[0], first + stride * start, stride * step)
+        if s.op == "mm":
+            return self.product(at, start, step)
+        if s.op == "b":
+            return _leaf(self.biases, "b", Columns(s.attrs[0], start, step))
+        if s.op == "w":
+            self.reads_w = True
+            return "w"
+        if s.op == "x":
+            if (start, step) != (0, 1):
+                raise Unfit(f"{self.program.text!r} reads single columns of x")
+            self.reads_x = True
+            return "p0"
+        return self.call(at, start, step)
+
+    def product(self, at: int, start: int, step: int) -> str:
+        (operand,) = self.program.steps[at].args
+        if self.operand not in (-1, operand):
+            raise Unfit(f"{self.program.text!r} computes with products of different rows at a time")
+        self.operand = operand
+        return _leaf(self.products, "p", Columns(self.program.steps[at].attrs[0], start, step))
+
+    def call(self, at: int, start: int, step: int) -> str:
+        s = self.program.steps[at]
+        args = [self.number(arg, start, step, keep_bool=s.op == "where" and i == 0) for i, arg in enumerate(s.args)]
+        name = f"v{len(self.body)}"
+        self.body.append(f"{name} = {s.op}({', '.join([*args, *map(_literal, s.attrs)])})")
+        return name
+
+    def number(self, at: int, start: int, step: int, keep_bool: bool) -> str:
+        name = self.value(at, start, step)
+        return f"{name}.to(tl.float32)" if self.values[at].dtype == torch.bool and not keep_bool else name
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _leaf(known: list[Columns], prefix: str, columns: Columns) -> str:
+    if columns not in known:
+        known.append(columns)
+    return f"{prefix}{known.index(columns)}"
+
+
+def _literal(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return repr(value) if value is None else repr(float(value))
+    return f'float("{float(value)!r}")' if value != value or value in (float("inf"), float("-inf")) else repr(float(value))

@@ -1,0 +1,69 @@
+"""Cases that run in Triton's interpreter on CPU tensors. Triton reads TRITON_INTERPRET when a kernel is defined, so a test file runs its
+cases in one subprocess, `python test_x.py [case ...]`, and each is a test of its own:
+
+    CASES = Cases(__file__)
+    @CASES.add((2, "a"), (3, "b"))
+    def something(n, name): ...
+    test_in_interpreter = CASES.test()
+    if __name__ == "__main__": CASES.main()
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+class Cases:
+    def __init__(self, file: str, timeout: float = 900) -> None:
+        self.file, self.timeout = file, timeout
+        self.functions: dict[str, Callable[[], None]] = {}
+
+    def add(self, *arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
+        """The decorated function is a case for each tuple of arguments, or one without."""
+
+        def decorate(function: Any) -> Any:
+            for args in arguments or ((),):
+                name = "-".join([function.__name__, *(str(arg).replace("torch.", "") for arg in args)])
+                self.functions[name] = functools.partial(function, *args)
+            return function
+
+        return decorate
+
+    @functools.cached_property
+    def results(self) -> dict[str, str]:
+        """case -> "" or its traceback."""
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, self.file]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=self.timeout, check=False)
+        assert run.returncode == 0, run.stderr[-4000:]
+        found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
+        return found
+
+    def test(self) -> Any:
+        @pytest.mark.parametrize("name", self.functions)
+        def test_in_interpreter(name: str) -> None:
+            pytest.importorskip("triton")
+            assert not self.results[name], self.results[name]
+
+        return test_in_interpreter
+
+    def main(self) -> None:
+        found, names = {}, sys.argv[1:]
+        for name in names or self.functions:
+            try:
+                self.functions[name]()
+                found[name] = ""
+            except Exception:  # noqa: BLE001  the traceback is the result
+                found[name] = traceback.format_exc()
+                if names:
+                    print(found[name])
+        print(json.dumps(found))

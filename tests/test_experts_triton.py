@@ -1,0 +1,119 @@
+"""The Triton experts against the loop over experts: in the interpreter, and the same cases and larger ones on a GPU."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from interpreted import Cases
+from triton_cases import APART, BIASED, DEEP, FUNCTION_PROGRAMS, HALVES, ONE, PAIRS, SINGLE, SWAPPED_HALVES, WEIGHTED_ROWS, Sizes, run
+
+from moe_compile.ops.kernels import configs, launch
+
+CASES = Cases(__file__)
+PROGRAMS = {
+    "halves": HALVES, "swapped halves": SWAPPED_HALVES, "pairs": PAIRS, "biased": BIASED, "apart": APART, "one": ONE, "deep": DEEP,
+    "single": SINGLE, "weighted rows": WEIGHTED_ROWS,
+}  # fmt: skip
+LAYOUTS = ("eoi", "eio", "oi*", "io*")
+SMALL = Sizes(7, 2, 4, 24, 16)
+
+
+@CASES.add(*((name, layout) for name in PROGRAMS for layout in LAYOUTS))
+def programs(name: str, layout: str) -> None:
+    run(PROGRAMS[name], layout, SMALL, block=16, routing="holes")
+
+
+@CASES.add(*((name,) for name in FUNCTION_PROGRAMS))
+def functions(name: str) -> None:
+    """Every function of ops/functions.py in an epilogue."""
+    run(FUNCTION_PROGRAMS[name], "eio", Sizes(5, 2, 3, 8, 16))
+
+
+@CASES.add(*((rows, name) for rows in (16, 32, 64, 128) for name in ("halves", "pairs", "apart", "one")))
+def blocks(rows: int, name: str) -> None:
+    """Several blocks of an expert, and the tiles that are chosen for them."""
+    run(PROGRAMS[name], "eoi", Sizes(90, 2, 3, 32, 24), block=rows, routing="one" if rows == 64 else "random")
+
+
+@CASES.add(
+    *((sizes,) for sizes in ((0, 2, 4, 16, 16), (1, 1, 1, 16, 16), (1, 4, 4, 16, 8), (33, 1, 5, 20, 12), (5, 3, 3, 7, 5), (4, 2, 64, 8, 8)))
+)
+def odd_sizes(sizes: tuple[int, ...]) -> None:
+    run(HALVES, "eoi", Sizes(*sizes))
+    run(BIASED, "eio", Sizes(*sizes))
+
+
+@CASES.add(*((dtype, name) for dtype in (torch.bfloat16, torch.float16) for name in ("halves", "biased", "apart")))
+def half_precision(dtype: torch.dtype, name: str) -> None:
+    run(PROGRAMS[name], "eoi", SMALL, dtype=dtype)
+
+
+@CASES.add(*((name, layout) for name in PROGRAMS for layout in LAYOUTS))
+def one_token(name: str, layout: str) -> None:
+    """Slots by themselves, without sorting."""
+    run(PROGRAMS[name], layout, Sizes(1, 3, 5, 24, 20), routing="holes", seed=3)
+
+
+@CASES.add()
+def many_tiles() -> None:
+    """More columns than a tile has, in every way that tiles go over them."""
+    for changes in ({"cols": 16, "depth": 16}, {"cols": 16, "swap": True}, {"cols": 32, "persistent": True, "half": True, "group": 2}):
+        for layout in LAYOUTS:
+            run(HALVES, layout, Sizes(40, 2, 3, 40, 40), block=16, **changes)
+
+
+@CASES.add()
+def rows_that_were_spread() -> None:
+    for program in (HALVES, APART):
+        run(program, "eoi", Sizes(40, 2, 3, 32, 32), block=32, routing="holes", spread=True, persistent=True)
+
+
+@CASES.add()
+def tiles_that_do_not_fit() -> None:
+    """Smaller ones are taken where a device has less shared memory, and an error says so where none fit."""
+    from triton.runtime.errors import OutOfResources
+
+    tried: list[configs.Tiles] = []
+    started = launch._launch
+
+    def refuse(layer: object, tiles: configs.Tiles, *args: object) -> None:
+        tried.append(tiles)
+        if tiles.depth > least:
+            raise OutOfResources(300000, 232448, "shared memory")
+        started(layer, tiles, *args)  # type: ignore[arg-type]
+
+    with mock.patch.object(launch, "_launch", refuse):
+        least = 32
+        run(HALVES, "eoi", SMALL, depth=64, stages=4)
+        assert tried[0] != tried[-1]
+        assert tried[-1].depth == 16 or tried[-1].depth == 32
+        least, before = 0, len(tried)
+        with pytest.raises(RuntimeError, match="shared memory"):
+            run(HALVES, "eoi", Sizes(8, 2, 4, 24, 16), depth=64)
+        assert len(tried) > before + 3
+
+
+test_in_interpreter = CASES.test()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES.functions)
+def test_on_a_gpu(name: str) -> None:
+    CASES.functions[name]()
+
+
+LARGE = ((300, 8, 16, 256, 192), (1000, 2, 8, 512, 384), (700, 4, 4, 320, 160), (64, 8, 128, 256, 128), (2000, 2, 3, 136, 72))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", LARGE)
+@pytest.mark.parametrize("layout", ["eoi", "eio", "oi*"])
+@pytest.mark.parametrize("name", ["halves", "biased", "apart", "one"])
+def test_many_rows_on_a_gpu(name: str, layout: str, sizes: tuple[int, ...]) -> None:
+    run(PROGRAMS[name], layout, Sizes(*sizes), dtype=torch.bfloat16, routing="holes" if sizes[1] == 2 else "random")
+
+
+if __name__ == "__main__":
+    CASES.main()
