@@ -8,15 +8,17 @@ the same to the bit in every run. Bound by reading the weights for few rows an e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from . import registry
-from .experts import COMBINED, LOCAL, NAME, SORTED, Call
+from .evaluate import reverse_plan
+from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, LOCAL, NAME, SAVING, SORTED, Call
 from .infer import product_dtypes
-from .kernels import configs, launch, launch_few
-from .kernels.layers import FLOATS, Layer, layers_of, unfit
+from .kernels import configs, configs_backward, launch, launch_backward, launch_few
+from .kernels.layers import FLOATS, Layer, layers_of, typical_layers, unfit
 from .kernels.plan import Plan, plan_of_ids, plan_of_order
 from .kernels.plan import supports as can_sort
 from .layout import parse_layout
@@ -52,16 +54,48 @@ def forward_local(call: Call, ids_TK: Any, num_experts: int, out_dtype: Any) -> 
     return launch.add_up(_through(call, layers, plan), plan, call.combine_weights, call.x.shape[0], call.top_k, out_dtype)
 
 
+def forward_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:
+    """y, and the products that the backward reads."""
+    y_PO, plan, saved = _rows_saving(call, needs_grad)
+    return launch.to_slots(y_PO, plan, call.x.shape[0] * call.top_k).view(call.out_shape), saved
+
+
+def forward_combined_saving(call: Call, out_dtype: Any, needs_grad: Sequence[bool]) -> tuple[Any, list[Any]]:
+    """out, and the products that the backward reads."""
+    y_PO, plan, saved = _rows_saving(call, needs_grad)
+    return launch.add_up(y_PO, plan, call.combine_weights, call.x.shape[0], call.top_k, out_dtype), saved
+
+
+def backward(call: Call, grad: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
+    """Gradients in call.parameters() order; grad [N, O] of the slots' rows, or [T, O] of their sum."""
+    layers = layers_of(call.program, call.values)
+    plan = _plan(call, configs_backward.block_rows(call.order.shape[0], call.offsets.shape[0]))
+    kept = reverse_plan(call.program, call.needs(needs_grad), keep=bool(saved)).kept
+    z = launch_backward.saved_products(call, layers, saved, kept, plan)
+    return launch_backward.gradients(call, layers, grad, z, needs_grad, plan)
+
+
+def _rows_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, Plan, list[Any]]:
+    layers = layers_of(call.program, call.values)
+    plan = _plan(call, configs_backward.block_rows(call.order.shape[0], call.offsets.shape[0]))
+    kept = [call.program.steps[step].attrs[0] for step in reverse_plan(call.program, call.needs(needs_grad), keep=True).kept]
+    saves = launch.Saves({j: launch_backward.new_product(call, layers[0], j) for j in kept}, call.offsets)
+    return _through(call, layers, plan, saves), plan, [saves.products[j] for j in kept]
+
+
 def _rows(call: Call) -> tuple[Any, Plan]:
     """(y [P, O] in the plan's rows, the plan)."""
     layers = layers_of(call.program, call.values)
-    rows = configs.block_rows(_shape(call, layers, call.order.shape[0], call.offsets.shape[0]))
-    plan = plan_of_order(call.order, call.offsets, call.x.shape[0] * call.top_k, rows)
+    plan = _plan(call, configs.block_rows(_shape(call, layers, call.order.shape[0], call.offsets.shape[0])))
     return _through(call, layers, plan), plan
 
 
-def _through(call: Call, layers: tuple[Layer, ...], plan: Plan) -> Any:
-    return launch.run(layers, *_inputs(call), call.weights, call.biases, call.top_k, plan)
+def _plan(call: Call, block_rows: int) -> Plan:
+    return plan_of_order(call.order, call.offsets, call.x.shape[0] * call.top_k, block_rows)
+
+
+def _through(call: Call, layers: tuple[Layer, ...], plan: Plan, saves: launch.Saves | None = None) -> Any:
+    return launch.run(layers, *_inputs(call), call.weights, call.biases, call.top_k, plan, saves)
 
 
 def _inputs(call: Call) -> tuple[Any, Any]:
@@ -80,8 +114,6 @@ def supports(problem: registry.Problem) -> str | None:
         return f"triton runs on cuda, device is {problem.device}"
     if problem.format != "standard":
         return f"triton takes standard rows, format is {problem.format!r}"
-    if problem.training:
-        return "triton has no backward yet, gradients are wanted"
     reason = can_sort(problem.device, problem.num_experts)
     return _unfit(problem) or (None if reason is None else f"triton {reason}")
 
@@ -94,7 +126,8 @@ def _unfit(problem: registry.Problem) -> str | None:
     wrong = next((dtype for dtype in product_dtypes(program, problem.dtype) if dtype not in FLOATS), None)
     if wrong is not None:
         return f"triton multiplies float32, bfloat16 and float16, the program multiplies {wrong}"
-    return unfit(program, problem.dtype, parse_layout(problem.weight_layout))
+    reason = unfit(program, problem.dtype, parse_layout(problem.weight_layout))
+    return reason or (launch_backward.unfit(typical_layers(program, problem.dtype), program) if problem.training else None)
 
 
 def cost(problem: registry.Problem) -> float:
@@ -105,8 +138,14 @@ def cost(problem: registry.Problem) -> float:
     return 15.0 + used * weights * problem.dtype.itemsize / 4e6 + slots * 2 * weights / (2e7 if problem.dtype == torch.float32 else 6e8)
 
 
-PROVIDER = registry.register(
-    registry.Provider(
-        "triton", "experts", {NAME: forward, SORTED: forward_sorted, COMBINED: forward_combined, LOCAL: forward_local}, cost, supports
-    )
-)
+KERNELS: dict[str, Any] = {
+    NAME: forward,
+    SORTED: forward_sorted,
+    COMBINED: forward_combined,
+    LOCAL: forward_local,
+    SAVING: forward_saving,
+    BACKWARD: backward,
+    COMBINED_SAVING: forward_combined_saving,
+    COMBINED_BACKWARD: backward,
+}
+PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))

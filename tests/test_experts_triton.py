@@ -7,7 +7,21 @@ from unittest import mock
 import pytest
 import torch
 from interpreted import Cases
-from triton_cases import APART, BIASED, DEEP, FUNCTION_PROGRAMS, HALVES, ONE, PAIRS, SINGLE, SWAPPED_HALVES, WEIGHTED_ROWS, Sizes, run
+from triton_cases import (
+    APART,
+    BIASED,
+    DEEP,
+    FUNCTION_PROGRAMS,
+    HALVES,
+    ONE,
+    PAIRS,
+    SINGLE,
+    SWAPPED_HALVES,
+    WEIGHTED_ROWS,
+    Sizes,
+    run,
+    run_backward,
+)
 
 from moe_compile.ops.kernels import configs, launch
 
@@ -68,6 +82,34 @@ def many_tiles() -> None:
 def rows_that_were_spread() -> None:
     for program in (HALVES, APART):
         run(program, "eoi", Sizes(40, 2, 3, 32, 32), block=32, routing="holes", spread=True, persistent=True)
+
+
+ADDED = "mm(1, gelu(cols(mm(0, x) + b(0), 0, {j}, 2)) * (cols(mm(0, x) + b(0), 1, {j}, 2) + 1.0) * w)"
+TRAINED = {name: PROGRAMS[name] for name in ("halves", "swapped halves", "pairs", "apart", "one")} | {"added": ADDED}
+
+
+@CASES.add(*((name, layout) for name in TRAINED for layout in LAYOUTS))
+def gradients(name: str, layout: str) -> None:
+    run_backward(TRAINED[name], layout, SMALL, routing="holes", seed=5)
+
+
+@CASES.add(*((name,) for name in FUNCTION_PROGRAMS))
+def gradients_of_functions(name: str) -> None:
+    run_backward(FUNCTION_PROGRAMS[name], "eio", Sizes(5, 2, 3, 8, 16))
+
+
+ODD = ((0, 2, 4, 16, 16), (1, 1, 1, 16, 16), (33, 1, 5, 20, 12), (90, 2, 3, 40, 24))
+
+
+@CASES.add(*((sizes, routing) for routing in ("random", "one") for sizes in ODD))
+def gradients_of_odd_sizes(sizes: tuple[int, ...], routing: str) -> None:
+    run_backward(HALVES, "eoi", Sizes(*sizes), routing=routing)
+
+
+@CASES.add()
+def gradients_in_other_dtypes() -> None:
+    run_backward(HALVES, "eoi", SMALL, dtype=torch.bfloat16)
+    run_backward(APART, "oi*", SMALL, dtype=torch.float16)
 
 
 @CASES.add()

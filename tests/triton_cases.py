@@ -68,7 +68,7 @@ def parameters(program: str, layout: str, s: Sizes, g: torch.Generator) -> tuple
         w = w if "io" in layout else w.transpose(1, 2).contiguous()
         weights.extend(w.unbind(0) if "*" in layout else [w])
     entry = layout.replace("*", f"*{s.experts}")
-    biases = {BIASED: [wide, s.hidden], SINGLE: [s.inter]}.get(program, [])
+    biases = {BIASED: [wide, s.hidden], SINGLE: [s.inter]}.get(program, [wide] if "b(0)" in program else [])
     return (
         weights,
         [torch.randn((s.experts, width), generator=g) for width in biases],
@@ -118,3 +118,44 @@ def run(
         if b.numel():
             off = float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
             assert off < limit, f"{name}: {off:.1e} of {text} {layouts} {s} {routing}"
+
+
+def run_backward(
+    program: str, layout: str, s: Sizes, *, routing: str = "random", dtype: torch.dtype = torch.float32, seed: int = 0,
+    weights_dtype: Any = None,
+) -> None:  # fmt: skip
+    """All gradients of the slots' rows and of their weighed sum, against the loop over experts in float64."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    g = torch.Generator().manual_seed(seed)
+    weights, biases, layouts = parameters(program, layout, s, g)
+    text = program.format(i=s.inter, j=2 * s.inter)
+    reads_w = "w" in text.replace("where", "")
+    given = [torch.randn((s.tokens, s.hidden), generator=g).to(dtype), torch.rand((s.tokens, s.top_k), generator=g)]
+    given += [each.to(weights_dtype or dtype) for each in weights] + [each.to(dtype) for each in biases]
+    ids = routed(s, routing, g)
+    order, offsets = counting_sort(ids, s.experts)
+    order = order[: int(offsets[-1])] if routing == "holes" else order
+    width = s.hidden
+    upstream = [torch.randn((s.tokens, s.top_k, width), generator=g).to(dtype), torch.randn((s.tokens, width), generator=g).to(dtype)]
+
+    def gradients(where: str, provider: str, wide: bool, combined: bool) -> list[Any]:
+        own = [each.to(where, torch.float64 if wide else each.dtype).clone().requires_grad_() for each in given]
+        x, w, params = own[0], own[1], own[2:]
+        inner, summed = (w, None) if reads_w else (None, w)
+        args = (x, order.to(where), offsets.to(where), inner, params[: len(weights)], params[len(weights) :])
+        texts = (text, layouts, ",".join("eo" for _ in biases), s.top_k)
+        if combined:
+            out = experts_combine.OP.overload(*args, *texts, summed, x.dtype, provider)
+        else:
+            out = experts.OP.overload(*args, *texts, provider)
+        out.backward(upstream[combined].to(where, out.dtype))
+        return [None if each.grad is None else each.grad.cpu().double() for each in own]
+
+    limit = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    for combined in (False, True):
+        got, wanted = gradients(device, "triton", False, combined), gradients("cpu", "reference", True, combined)
+        for at, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            assert (a is None) == (b is None), at
+            if b is not None and b.numel():
+                off = float((a - b).norm() / b.norm().clamp(min=1e-3))
+                assert off < limit, f"gradient {at}, combined {combined}: {off:.1e} of {text} {layouts} {s} {routing}"

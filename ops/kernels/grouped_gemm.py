@@ -112,9 +112,25 @@ def biases_of(
 
 
 @triton.jit
+def places_of(rows, expert, counts, firsts, ends):
+    """(int64 places in the order of the rows, whether there is such a slot)."""
+    count = tl.load(counts + expert)
+    inside = rows - tl.load(firsts + expert)
+    return (tl.load(ends + expert) - count + inside).to(tl.int64), inside < count
+
+
+@triton.jit
+def _save(z, value, place, used, n, WIDTH, stride, START: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr):
+    """A product's columns into [N, OUT], where its rows stand in the order."""
+    j = n * BN + tl.arange(0, BN)
+    to = z + place[:, None] * stride + (START + STEP * j)[None, :]
+    tl.store(to, value.to(z.dtype.element_ty), mask=used[:, None] & (j < WIDTH)[None, :])
+
+
+@triton.jit
 def _tile(
     a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-    e0, i0, o0, e1, i1, o1, eb0, eb1,
+    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
@@ -165,6 +181,12 @@ def _tile(
     else:
         p0 = acc.T if SWAP else acc
         p1 = more.T if SWAP else more
+    if (z0 is not None) | (z1 is not None):
+        place, used = places_of(rows, expert, counts, firsts, ends)
+        if z0 is not None:
+            _save(z0, p0, place, used, n, WIDTH, stride_z0, START0, STEP0, BN)
+        if z1 is not None:
+            _save(z1, p1, place, used, n, WIDTH, stride_z1, START1, STEP1, BN)
     bias0, bias1 = biases_of(b0, b1, expert, cols, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
     weight = p0
     if READS_W:
@@ -197,7 +219,7 @@ def _pick(t, num_blocks, num_tiles, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "programs"])
 def layer_kernel(
     a, w0, w1, b0, b1, route_w, out, slots, blocks, num_blocks, IN, WIDTH, num_tiles, programs, stride_a, stride_out,
-    e0, i0, o0, e1, i1, o1, eb0, eb1,
+    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
@@ -209,8 +231,8 @@ def layer_kernel(
     """All tiles of a layer. Grid: `programs` (PERSISTENT), else a program for each tile that there can be; those beyond the last end.
 
     rows [T, IN] or [P, IN]; weight_i [E, OUT, IN] in any layout; out [P, WIDTH]; slots int32 [P]; blocks int32 [B, 2] (expert, first row);
-    num_blocks int32 [1]; route_w float [T*K]. Rows behind an expert's last are computed from anything. EARLY: the kernel before may still
-    run; its results are waited for.
+    num_blocks int32 [1]; route_w float [T*K]. Rows behind an expert's last are computed from anything. z_i: None, or [N, OUT] that gets the
+    products' columns in the order of slots. EARLY: the kernel before may still run; its results are waited for.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -221,13 +243,15 @@ def layer_kernel(
             block, n = _pick(t, count, num_tiles, GROUP)
             _tile(
                 a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-                e0, i0, o0, e1, i1, o1, eb0, eb1, START0, STEP0, START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES,
-                TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM, TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
+                e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
+                START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
+                TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
             )  # fmt: skip
     elif tl.program_id(0) < count * num_tiles:
         block, n = _pick(tl.program_id(0), count, num_tiles, GROUP)
         _tile(
             a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-            e0, i0, o0, e1, i1, o1, eb0, eb1, START0, STEP0, START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES,
-            TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM, TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
+            e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
+            START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
+            TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
         )  # fmt: skip

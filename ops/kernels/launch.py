@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .layers import Columns, Layer
 from .plan import Plan
 
 ALIGNMENT = 16  # bytes: of the addresses and strides that a descriptor takes
-PRECISION = {torch.float32: "ieee"}
+PRECISION = {torch.float32: "tf32x3"}  # three products of tf32: close to float32, on tensor cores
 
 
 class Weights(NamedTuple):
@@ -29,7 +30,16 @@ class Weights(NamedTuple):
     dtype: torch.dtype
 
 
-def run(layers: tuple[Layer, ...], x_TH: Any, route_w: Any, weights: Params, biases: Params, top_k: int, plan: Plan) -> Any:
+class Saves(NamedTuple):
+    """Where products are kept for a backward: [N, OUT] by weight number, in the order of slots; ends int32 [E] of the experts in it."""
+
+    products: Mapping[int, Any]
+    ends: Any
+
+
+def run(
+    layers: tuple[Layer, ...], x_TH: Any, route_w: Any, weights: Params, biases: Params, top_k: int, plan: Plan, saves: Saves | None = None
+) -> Any:
     """y [P, O]: the last layer's rows, sorted by expert in the plan's blocks; rows behind an expert's last are undefined.
 
     route_w: float [T, K] of the program's w, or None.
@@ -42,18 +52,29 @@ def run(layers: tuple[Layer, ...], x_TH: Any, route_w: Any, weights: Params, bia
             plan.rows.shape[0], plan.counts.shape[0], rows.shape[1], layer.width, len(layer.products), layer.operand.itemsize
         )
         tiles = configs.tiles(shape, plan.block_rows, gather)
+        if tiles.stages > 3 and (saves is not None or any(each.step > 1 for each in layer.products)):
+            tiles = dataclasses.replace(tiles, stages=3)  # products are laid out anew, which takes shared memory too
         if gather and tiles.spread and _describable(rows, layer.operand):
             rows, gather = spread(x_TH, plan, top_k), False
-        rows, gather = _layer(layer, tiles, rows, gather, weights, biases, route_w, top_k, plan), False
+        rows, gather = _layer(layer, tiles, rows, gather, weights, biases, route_w, top_k, plan, saves), False
     return rows
+
+
+def product(layer: Layer, rows_PI: Any, weights: Params, width: int, plan: Plan) -> Any:
+    """[P, width] = rows by the layer's one weight, its outputs read as inputs."""
+    layer = dataclasses.replace(layer, width=width, dtype=rows_PI.dtype)
+    shape = configs.Shape(plan.rows.shape[0], plan.counts.shape[0], rows_PI.shape[1], width, 1, layer.operand.itemsize)
+    tiles = configs.tiles(shape, plan.block_rows, False)
+    return _layer(layer, tiles, rows_PI, False, weights, weights, None, 1, plan, turned=True)
 
 
 _smaller: dict[Any, configs.Tiles] = {}  # what fitted where the tiles that were chosen did not
 
 
 def _layer(
-    layer: Layer, t: configs.Tiles, rows: Any, gather: bool, weights: Params, biases: Params, route_w: Any, top_k: int, plan: Plan
-) -> Any:
+    layer: Layer, t: configs.Tiles, rows: Any, gather: bool, weights: Params, biases: Params, route_w: Any, top_k: int, plan: Plan,
+    saves: Saves | None = None, turned: bool = False,
+) -> Any:  # fmt: skip
     """out [P, width] of one layer; gather: rows are x, read through the plan's slots."""
     out = torch.empty((plan.slots.shape[0], layer.width), dtype=layer.dtype, device=rows.device)
     if t.rows != plan.block_rows:
@@ -62,11 +83,11 @@ def _layer(
         return out
     from triton.runtime.errors import OutOfResources
 
-    key = layer, t, rows.device
+    key = layer, t, turned, rows.device
     chosen: configs.Tiles | None = _smaller.get(key, t)
     while chosen is not None:
         try:
-            _launch(layer, chosen, rows, gather, weights, biases, route_w, top_k, plan, out)
+            _launch(layer, chosen, rows, gather, weights, biases, route_w, top_k, plan, saves, turned, out)
             return out
         except OutOfResources as error:  # found when it is compiled: nothing ran
             chosen, reason = configs.smaller(chosen), error
@@ -76,25 +97,30 @@ def _layer(
 
 
 def _launch(
-    layer: Layer, t: configs.Tiles, rows: Any, gather: bool, weights: Params, biases: Params, route_w: Any, top_k: int, plan: Plan, out: Any
-) -> None:
+    layer: Layer, t: configs.Tiles, rows: Any, gather: bool, weights: Params, biases: Params, route_w: Any, top_k: int, plan: Plan,
+    saves: Saves | None, turned: bool, out: Any,
+) -> None:  # fmt: skip
     import triton
 
     from .epilogue import epilogue_of
     from .grouped_gemm import layer_kernel
 
-    w = weights_of(layer, weights, t)
+    w = weights_of(layer, weights, t, turned)
     b, b_strides = biases_of(layer, biases)
     described = not gather and _describable(rows, layer.operand)
     stored = _describable(out, layer.dtype)
     a = _descriptor(rows, [t.rows, t.depth]) if described else rows
     to = _descriptor(out, [t.rows, t.cols // 2 if t.half else t.cols]) if stored else out
     early = t.early and starts_early(rows.device)
+    z = [None if saves is None else saves.products.get(each.of) for each in layer.products]
+    z = z if len(z) == 2 else [*z, None]
+    kept = [*z, *(0 if each is None else each.stride(0) for each in z)]
     num_tiles = triton.cdiv(layer.width, t.cols)
-    programs = _processors(rows.device) if t.persistent else out.shape[0] // plan.block_rows * num_tiles
+    programs = processors(rows.device) if t.persistent else out.shape[0] // plan.block_rows * num_tiles
     layer_kernel[(programs,)](
         a, *w.operands, *b, route_w if layer.reads_w else plan.slots, to, plan.slots, plan.blocks, plan.num_blocks,
-        rows.shape[1], layer.width, num_tiles, programs, rows.stride(0), out.stride(0), *w.strides, *b_strides, *columns(layer),
+        rows.shape[1], layer.width, num_tiles, programs, rows.stride(0), out.stride(0), *w.strides, *b_strides, *kept,
+        plan.counts, plan.firsts, plan.counts if saves is None else saves.ends, *columns(layer),
         EPILOGUE=epilogue_of(layer), READS_W=layer.reads_w, BIASES=len(layer.biases), TOP_K=top_k,
         A_FROM="gather" if gather else "tma" if described else "rows", W_FROM=w.source,
         W_TYPE=type_of(w.dtype), DTYPE=multiplied(layer.operand, rows.device), FORM=w.form, TRANSPOSED=w.transposed, SWAP=t.swap,
@@ -157,19 +183,19 @@ def to_slots(y_PO: Any, plan: Plan, slots: int) -> Any:
 
 
 # ---------------------------------------------------------------- where parameters lie
-def weights_of(layer: Layer, weights: Params, t: configs.Tiles | None = None) -> Weights:
-    """How the kernel reads the layer's weights; without tiles, by addresses and two products apart."""
+def weights_of(layer: Layer, weights: Params, t: configs.Tiles | None = None, turned: bool = False) -> Weights:
+    """How the kernel reads the layer's weights; without tiles, by addresses and two products apart. turned: outputs as inputs."""
     first, second = _two(layer.products)
     slots = [weights.slots[each.of] for each in (first, second)]
     tensors = [weights.tensors[slot.first] for slot in slots]
     if (slots[0].stacked, slots[0].axes, tensors[0].dtype) != (slots[1].stacked, slots[1].axes, tensors[1].dtype):
         raise ValueError("both weights of a layer must be stacked or both lists, with axes in the same order and of one dtype")
-    transposed = slots[0].axes == "io"
+    transposed = (slots[0].axes == "io") != turned
     form = _form(layer, weights) if t is not None else "one" if len(layer.products) == 1 else "apart"
-    strides = tuple(s for slot, tensor in zip(slots, tensors, strict=True) for s in _strides(slot, tensor))
+    strides = tuple(s for slot, tensor in zip(slots, tensors, strict=True) for s in strides_of(slot, tensor, turned))
     if not slots[0].stacked:
         lists = [alike(weights.tensors[slot.first : slot.first + slot.num]) for slot in slots]
-        strides = tuple(s for slot, own in zip(slots, lists, strict=True) for s in _strides(slot, own[0]))
+        strides = tuple(s for slot, own in zip(slots, lists, strict=True) for s in strides_of(slot, own[0], turned))
         tables = [table(own) for own in (lists if slots[0] != slots[1] else lists[:1])]
         return Weights("table", "apart" if form == "halves" else form, (tables[0], tables[-1]), strides, transposed, tensors[0].dtype)
     if t is not None and t.described and _boxed(layer, form, tensors, transposed):
@@ -221,10 +247,10 @@ def columns(layer: Layer) -> list[int]:
     return [number for each in (*_two(layer.products), *_two(layer.biases)) for number in (each.start, each.step)]
 
 
-def _strides(slot: Any, tensor: Any) -> tuple[int, int, int]:
+def strides_of(slot: Any, tensor: Any, turned: bool = False) -> tuple[int, int, int]:
     """(expert, in, out) of a weight."""
     expert, *rest = tensor.stride() if slot.stacked else (0, *tensor.stride())
-    return (expert, rest[0], rest[1]) if slot.axes == "io" else (expert, rest[1], rest[0])
+    return (expert, rest[0], rest[1]) if (slot.axes == "io") != turned else (expert, rest[1], rest[0])
 
 
 def biases_of(layer: Layer, biases: Params) -> tuple[tuple[Any, Any], tuple[int, int]]:
@@ -296,7 +322,7 @@ def starts_early(device: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _processors(device: Any) -> int:
+def processors(device: Any) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
 
 

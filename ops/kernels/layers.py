@@ -39,11 +39,20 @@ class Columns(NamedTuple):
     step: int
 
 
+class Op(NamedTuple):
+    """name = function(args, attrs) of an epilogue. args: p0, p1 products, b0, b1 biases, w, names of ops before, numbers as text."""
+
+    name: str
+    function: str
+    args: tuple[str, ...]
+    attrs: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Layer:
     """One grouped product: out[:, j] = epilogue(products' columns, biases' columns, w), j < width. Without products: of x and w.
 
-    operand: dtype that rows and weights are multiplied in; dtype: of out; body: lines of the epilogue, the last value's name is `result`.
+    operand: dtype that rows and weights are multiplied in; dtype: of out; body: the epilogue, whose value is called `result`.
     """
 
     operand: torch.dtype
@@ -52,8 +61,13 @@ class Layer:
     reads_w: bool
     width: int
     dtype: torch.dtype
-    body: tuple[str, ...]
+    body: tuple[Op, ...]
     result: str
+
+    @property
+    def plain(self) -> bool:
+        """Is the result the product?"""
+        return self.result == "p0" and len(self.products) == 1
 
 
 @functools.lru_cache(maxsize=256)
@@ -72,15 +86,19 @@ def layers_of(program: Program, values: tuple[Value, ...]) -> tuple[Layer, ...]:
 
 def unfit(program: Program, dtype: torch.dtype, layouts: Sequence[Slot] = ()) -> str | None:
     """Why the kernels do not compute a program of rows of a dtype, as far as that shows without widths. layouts: of the weights."""
-    values = tuple(_typical(step, dtype) for step in program.steps)
     try:
-        layers = layers_of(program, values)
+        layers = typical_layers(program, dtype)
     except Unfit as reason:
         return str(reason)
     for layer in layers if layouts else ():
         if len({(layouts[each.of].stacked, layouts[each.of].axes) for each in layer.products}) > 1:
             return f"the products of a layer of {program.text!r} read weights that lie differently"
     return None
+
+
+def typical_layers(program: Program, dtype: torch.dtype) -> tuple[Layer, ...]:
+    """The layers where nothing is known of widths: right in all but widths. Raises Unfit."""
+    return layers_of(program, tuple(_typical(step, dtype) for step in program.steps))
 
 
 def _typical(step: Step, dtype: torch.dtype) -> Value:
@@ -108,7 +126,7 @@ class _Builder:
     values: tuple[Value, ...]
     products: list[Columns] = field(default_factory=list)
     biases: list[Columns] = field(default_factory=list)
-    body: list[str] = field(default_factory=list)
+    body: list[Op] = field(default_factory=list)
     names: dict[tuple[int, int, int], str] = field(default_factory=dict)
     reads_w: bool = False
     reads_x: bool = False
@@ -127,14 +145,14 @@ class _Builder:
         operand = self.values[self.operand if self.products else at].dtype
         if dtype not in FLOATS or operand not in FLOATS:
             raise Unfit(f"{self.program.text!r} multiplies {operand} and gives {dtype}; the kernels take float32, bfloat16 and float16")
-        return Layer(operand, self.in_order(), tuple(self.biases), self.reads_w, int(width), dtype, tuple(self.body), result)
+        ordered, names = self.in_order()
+        body = tuple(op._replace(args=tuple(names.get(arg, arg) for arg in op.args)) for op in self.body)
+        return Layer(operand, ordered, tuple(self.biases), self.reads_w, int(width), dtype, body, names.get(result, result))
 
-    def in_order(self) -> tuple[Columns, ...]:
-        """The products as they lie in memory; the epilogue's first lines give them their names again."""
+    def in_order(self) -> tuple[tuple[Columns, ...], dict[str, str]]:
+        """The products as they lie in memory, and their names then."""
         ordered = tuple(sorted(self.products))
-        if ordered != tuple(self.products):
-            self.body[:0] = ["first = p0", "p0 = p1", "p1 = first"]
-        return ordered
+        return ordered, {f"p{i}": f"p{ordered.index(each)}" for i, each in enumerate(self.products)}
 
     def value(self, at: int, start: int, step: int) -> str:
         """The name of a step's value at columns start + step * j."""
@@ -177,14 +195,17 @@ class _Builder:
 
     def call(self, at: int, start: int, step: int) -> str:
         s = self.program.steps[at]
-        args = [self.number(arg, start, step, keep_bool=s.op == "where" and i == 0) for i, arg in enumerate(s.args)]
-        name = f"v{len(self.body)}"
-        self.body.append(f"{name} = {s.op}({', '.join([*args, *map(_literal, s.attrs)])})")
-        return name
+        args = tuple(self.number(arg, start, step, keep_bool=s.op == "where" and i == 0) for i, arg in enumerate(s.args))
+        return self.add(s.op, args, tuple(map(_literal, s.attrs)))
 
     def number(self, at: int, start: int, step: int, keep_bool: bool) -> str:
         name = self.value(at, start, step)
-        return f"{name}.to(tl.float32)" if self.values[at].dtype == torch.bool and not keep_bool else name
+        return self.add("number", (name,)) if self.values[at].dtype == torch.bool and not keep_bool else name
+
+    def add(self, function: str, args: tuple[str, ...], attrs: tuple[str, ...] = ()) -> str:
+        name = f"v{len(self.body)}"
+        self.body.append(Op(name, function, args, attrs))
+        return name
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,200 @@
+"""Gradients of an expert program of two layers whose last is a plain product: y = h @ W, h = epilogue(products of x, biases, w).
+
+    forward   z = products of x, saved in the order of slots [N, OUT], in the model's dtype; h is not kept
+    reverse   one kernel: dh = scale * (grad @ W.T); h and dz from z in registers; h * scale, dz and each row's gradients of scale and w
+    weights   dW = (h * scale).T @ grad and dW_i = x.T @ dz_i for each expert, x and grad read through the slots
+    x         dz @ W_i.T by the forward's GEMM, and one sum over a token's rows
+Scale is the weight of the sum over slots. Sums of rows run in a fixed order: results are the same to the bit in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_compile.ops.experts import Call, empty_grads
+from moe_compile.ops.program import Program
+
+from . import configs_backward as configs
+from . import launch
+from .launch import PRECISION, Saves, biases_of, columns, multiplied, processors, type_of
+from .layers import Columns, Layer
+from .plan import Plan
+
+
+class Reversed(NamedTuple):
+    """dz [P, OUT] by weight number; h [P, I] times the scale; dscale, dw float32 [P] or None."""
+
+    dz: Mapping[int, Any]
+    h: Any
+    dscale: Any
+    dw: Any
+
+
+def unfit(layers: Sequence[Layer], program: Program) -> str | None:
+    """Why a program has no backward here."""
+    text, stops = program.text, any(step.op == "stop" for step in program.steps)
+    if len(layers) != 2 or not layers[0].products or program.steps[-1].op != "mm" or stops:
+        return f"the backward takes two layers of products, the last of them plain, and no stop; {text!r} is not of that form"
+    for at, bias in enumerate(layers[0].biases):
+        readers = [op for op in layers[0].body if f"b{at}" in op.args]
+        if len(readers) != 1 or readers[0].function != "add" or _added_to(layers[0], readers[0].args, bias) is None:
+            return f"the backward takes biases that are added to their product and read nowhere else, in {text!r}"
+    return None
+
+
+def _added_to(layer: Layer, args: tuple[str, ...], bias: Columns) -> Columns | None:
+    """The product that a bias is added to, if that is all that happens to it and both have the same columns."""
+    names = [arg for arg in args if arg.startswith("p")]
+    if len(names) != 1 or sum(op.args.count(names[0]) for op in layer.body) != 1:
+        return None
+    product = layer.products[int(names[0][1:])]
+    return product if (product.start, product.step) == (bias.start, bias.step) else None
+
+
+def saved_products(call: Call, layers: Sequence[Layer], saved: Sequence[Any], kept: Sequence[int], plan: Plan) -> dict[int, Any]:
+    """z by weight number: what the forward saved, and the rest computed again."""
+    found = {call.program.steps[step].attrs[0]: tensor for step, tensor in zip(kept, saved, strict=True)}
+    missing = sorted({each.of for each in layers[0].products} - found.keys())
+    if missing:
+        found |= {j: new_product(call, layers[0], j) for j in missing}
+        route_w = None if call.topk_weights is None else call.topk_weights.contiguous()
+        again = Saves({j: found[j] for j in missing}, call.offsets)
+        launch.run((layers[0],), call.x.contiguous(), route_w, call.weights, call.biases, call.top_k, plan, again)
+    return found
+
+
+def new_product(call: Call, layer: Layer, j: int) -> Any:
+    return call.x.new_empty((call.order.shape[0], call.weights.fan(j)[1]), dtype=layer.operand)
+
+
+def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, Any], needs: Sequence[bool], plan: Plan) -> list[Any]:
+    """Gradients in call.parameters() order; grad [T, O] of the sum over slots, or [N, O] of each."""
+    grads = empty_grads(call, needs)
+    split, num_weights = 2 + len(call.weights.tensors), len(call.weights.tensors)
+    hidden, last = layers
+    grad, share = grad.contiguous(), call.top_k if call.combined else 1
+    found = _reverse(call, hidden, last, grad, share, z, plan, wants_h=any(needs[2:split]))
+    if call.combined and call.combine_weights is not None and needs[-1]:
+        _to_slots(found.dscale, plan, grads[-1])
+    if needs[1]:
+        if found.dw is None:
+            grads[1].zero_()
+        else:
+            _to_slots(found.dw, plan, grads[1])
+    x_TH = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
+    weight_grads = grads[2:split]
+    if found.h is not None:
+        _weight(call, last, last.products[0].of, (found.h, 0), (grad, share), weight_grads, plan)
+        for j, dz in found.dz.items():
+            _weight(call, hidden, j, (x_TH, call.top_k), (dz, 0), weight_grads, plan)
+    for bias in {each.of for each in hidden.biases}:
+        _bias(call, hidden, bias, found.dz, grads[2 + num_weights :], needs[2 + num_weights :], plan)
+    if needs[0]:
+        _rows(call, hidden, found.dz, plan, grads[0])
+    return grads
+
+
+def _reverse(call: Call, hidden: Layer, last: Layer, grad: Any, share: int, z: Mapping[int, Any], plan: Plan, wants_h: bool) -> Reversed:
+    from .backward_gemm import reverse_kernel
+    from .epilogue import adjoint_of
+
+    padded, device = plan.slots.shape[0], grad.device
+    t = configs.reverse_tiles(plan.block_rows, hidden.width, grad.shape[1], last.operand.itemsize)
+    num_tiles = -(-hidden.width // t.cols)
+    dz = {j: torch.empty((padded, each.shape[1]), dtype=hidden.operand, device=device) for j, each in z.items()}
+    h = torch.empty((padded, hidden.width), dtype=last.operand, device=device) if wants_h else None
+    scale = call.combine_weights.contiguous() if call.combined and call.combine_weights is not None else None
+    wanted = (scale is not None, hidden.reads_w)
+    per_tile = [torch.zeros((num_tiles, padded), dtype=torch.float32, device=device) if each else None for each in wanted]
+    if padded:
+        w = launch.weights_of(_turned(last), call.weights, t, turned=True)
+        b, b_strides = biases_of(hidden, call.biases)
+        first, second = hidden.products[0].of, hidden.products[-1].of
+        two = len(hidden.products) > 1
+        route_w = call.topk_weights.contiguous() if hidden.reads_w else plan.slots
+        programs = min(padded // plan.block_rows * num_tiles, 4 * processors(device))
+        reverse_kernel[(programs,)](
+            grad, w.operands[0], *b, route_w, scale, z[first], z[second] if two else None, dz[first], dz[second] if two else None, h,
+            *per_tile,
+            plan.slots, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, call.offsets, num_tiles, programs, padded,
+            grad.shape[1], hidden.width, grad.stride(0), *w.strides[:3], *b_strides, z[first].stride(0), z[second].stride(0), hidden.width,
+            *columns(hidden), ADJOINT=adjoint_of(hidden), READS_W=hidden.reads_w, BIASES=len(hidden.biases), SHARE=share,
+            W_FROM=w.source, W_TYPE=type_of(w.dtype), DTYPE=multiplied(last.operand, device), TRANSPOSED=w.transposed,
+            EVEN=grad.shape[1] % t.depth == 0, PRECISION=PRECISION.get(last.operand, "tf32"), BM=t.rows, BN=t.cols, BK=t.depth,
+            GROUP=t.group, num_warps=t.warps, num_stages=t.stages,
+        )  # fmt: skip
+    dscale, dw = (None if each is None else each.sum(0) for each in per_tile)
+    return Reversed(dz, h, dscale, dw)
+
+
+def _turned(layer: Layer, j: int | None = None) -> Layer:
+    """The plain product by a weight whose outputs are read as inputs."""
+    of = layer.products[0].of if j is None else j
+    return Layer(layer.operand, (Columns(of, 0, 1),), (), False, 0, layer.operand, (), "p0")
+
+
+def _to_slots(values_P: Any, plan: Plan, out_TK: Any) -> None:
+    rows = plan.rows.long()
+    found = values_P.index_select(0, rows.clamp(min=0)) if values_P.numel() else values_P.new_zeros(rows.shape)
+    out_TK.copy_(torch.where(rows >= 0, found, 0).view(out_TK.shape))
+
+
+def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan, out_TH: Any) -> None:
+    """The gradient of x."""
+    total = None
+    for j, each in dz.items():
+        turned = _turned(hidden, j)
+        part = launch.product(turned, each, call.weights, call.x.shape[1], plan)
+        total = part if total is None else total.add_(part)
+    out_TH.copy_(launch.add_up(total, plan, None, call.x.shape[0], call.top_k, call.x.dtype))
+
+
+def _weight(call: Call, layer: Layer, j: int, rows: tuple[Any, int], grad: tuple[Any, int], grads: Sequence[Any], plan: Plan) -> None:
+    """Weight j's gradient rows.T @ grad for each expert, into its place in grads. Each with its share: 0 for [P, .], else slots a row."""
+    from .backward_gemm import weight_kernel
+
+    slot = call.weights.slots[j]
+    own = grads[slot.first : slot.first + slot.num]
+    if not any(each.numel() for each in own):
+        return
+    like = next(each for each in own if each.numel())
+    own = launch.alike([each if each.numel() else torch.empty_like(like) for each in own]) if not slot.stacked else own
+    (fan_in, fan_out), (_, stride_in, stride_out) = call.weights.fan(j), launch.strides_of(slot, own[0])
+    t = configs.weight_tiles(fan_in, fan_out, layer.operand.itemsize)
+    tiles_a, tiles_b, experts = -(-fan_in // t.rows), -(-fan_out // t.cols), plan.counts.shape[0]
+    programs = min(experts * tiles_a * tiles_b, 4 * processors(plan.counts.device))
+    weight_kernel[(programs,)](
+        rows[0], grad[0], own[0] if slot.stacked else launch.table(own), plan.slots, plan.counts, plan.firsts, fan_in, fan_out, tiles_a,
+        tiles_b, programs, rows[0].stride(0), grad[0].stride(0), own[0].stride(0) if slot.stacked else 0, stride_in, stride_out, E=experts,
+        SHARE_A=rows[1], SHARE_B=grad[1], OUT_FROM="stack" if slot.stacked else "table", OUT_TYPE=type_of(own[0].dtype),
+        DTYPE=multiplied(layer.operand, plan.counts.device), PRECISION=PRECISION.get(layer.operand, "tf32"), BM=t.rows, BN=t.cols,
+        BK=t.depth, num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    for given, written in zip(grads[slot.first : slot.first + slot.num], own, strict=True):
+        if given.numel() and given is not written:
+            given.copy_(written)
+
+
+def _bias(call: Call, hidden: Layer, j: int, dz: Mapping[int, Any], grads: Sequence[Any], needs: Sequence[bool], plan: Plan) -> None:
+    """Bias j's gradient: that of the product it is added to, summed over rows."""
+    from .backward_gemm import column_kernel
+
+    slot = call.biases.slots[j]
+    if not any(needs[slot.first : slot.first + slot.num]):
+        return
+    at = next(at for at, each in enumerate(hidden.biases) if each.of == j)
+    reader = next(op for op in hidden.body if f"b{at}" in op.args)
+    product = _added_to(hidden, reader.args, hidden.biases[at])
+    assert product is not None
+    rows = dz[product.of]
+    whole = torch.empty((plan.counts.shape[0], rows.shape[1]), dtype=torch.float32, device=rows.device)
+    block = 128
+    column_kernel[(whole.shape[0], -(-whole.shape[1] // block))](
+        rows, whole, plan.counts, plan.firsts, whole.shape[1], rows.stride(0), whole.stride(0), BK=32, BLOCK=block
+    )
+    for at, part in enumerate([whole] if slot.stacked else whole.unbind(0), slot.first):
+        if needs[at]:
+            grads[at].copy_(part)
