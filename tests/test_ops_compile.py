@@ -185,7 +185,8 @@ def test_cuda_layer_is_within_tolerance_of_float64(provider: str) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_ops_can_be_captured_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("provider", ["cuda_grouped_mm", "triton"])
+def test_cuda_ops_can_be_captured_in_a_cuda_graph(provider: str) -> None:
     hidden, inter = 64, 32
     x, gate = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((33, hidden), (hidden, E)))
     up_gate, down = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((E, 2 * inter, hidden), (E, hidden, inter)))
@@ -194,7 +195,7 @@ def test_cuda_ops_can_be_captured_in_a_cuda_graph() -> None:
     def layer() -> Any:
         weights, ids = OPS.route(x @ gate, None, *Routing(K, normalize="sum"))
         _, _, order, offsets, handle, _ = OPS.quantize_dispatch(x, ids, E, "none", "local")
-        y = OPS.permute_experts_unpermute(x, order, offsets, None, [up_gate, down], [], program, "eoi,eoi", "", K, "cuda_grouped_mm")
+        y = OPS.permute_experts_unpermute(x, order, offsets, None, [up_gate, down], [], program, "eoi,eoi", "", K, provider)
         return OPS.combine(y, weights, handle, None, "local")
 
     with torch.no_grad():

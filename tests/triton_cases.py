@@ -68,7 +68,7 @@ def parameters(program: str, layout: str, s: Sizes, g: torch.Generator) -> tuple
         w = w if "io" in layout else w.transpose(1, 2).contiguous()
         weights.extend(w.unbind(0) if "*" in layout else [w])
     entry = layout.replace("*", f"*{s.experts}")
-    biases = {BIASED: [wide, s.hidden], SINGLE: [s.inter]}.get(program, [wide] if "b(0)" in program else [])
+    biases = [s.inter] if program == SINGLE else [each for at, each in enumerate((wide, s.hidden)) if f"b({at})" in program]
     return (
         weights,
         [torch.randn((s.experts, width), generator=g) for width in biases],

@@ -4,6 +4,7 @@ reverse_kernel   dh = scale * (grad @ W.T), and from it and the saved products, 
                  gradient needs), and for each row sum(grad @ W.T * h), the gradient of its scale, and that of w
 weight_kernel    for each expert A.T @ B over its rows
 column_kernel    for each expert the sum over its rows
+bias_dot_kernel  what a bias of the last layer adds to the gradient of scale
 Rows without a slot are zero in what is written, and are not read.
 """
 
@@ -151,8 +152,10 @@ def weight_kernel(
 
 
 @triton.jit
-def column_kernel(rows, out, counts, firsts, WIDTH, stride, stride_out, BK: tl.constexpr, BLOCK: tl.constexpr):
-    """out[e, j] = sum over rows of expert e of rows[r, j], in float32. Grid (E, column tiles)."""
+def column_kernel(
+    rows, scale, out, slots, counts, firsts, WIDTH, stride, stride_out, SHARE: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[e, j] = sum over rows of expert e of rows[r, j], in float32, times scale [T*K] of the slots if given. Grid (E, column tiles)."""
     expert = tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(counts + expert)
@@ -160,6 +163,28 @@ def column_kernel(rows, out, counts, firsts, WIDTH, stride, stride_out, BK: tl.c
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.range(0, count, BK):
         r = k + tl.arange(0, BK)
-        at = rows + (first + r).to(tl.int64)[:, None] * stride + j[None, :]
-        total += tl.sum(tl.load(at, mask=(r < count)[:, None] & (j < WIDTH)[None, :], other=0.0).to(tl.float32), 0)
+        used = r < count
+        values = _operand(rows, slots, first + r, used, j, WIDTH, stride, SHARE).to(tl.float32)
+        if scale is not None:
+            slot = tl.load(slots + first + r, mask=used, other=0)
+            values *= tl.load(scale + slot, mask=used, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(values, 0)
     tl.store(out + expert.to(tl.int64) * stride_out + j, total.to(out.dtype.element_ty), mask=j < WIDTH)
+
+
+@triton.jit
+def bias_dot_kernel(
+    grad, b, out, slots, blocks, num_blocks, WIDTH, stride, stride_b, SHARE: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[r] += sum_j grad[r, j] * b[expert of r, j], in float32; grad a row for SHARE slots. Grid: as many blocks as there can be."""
+    block = tl.program_id(0)
+    if block < tl.load(num_blocks):
+        expert = tl.load(blocks + 2 * block)
+        r = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
+        used = tl.load(slots + r) >= 0
+        total = tl.zeros([BM], tl.float32)
+        for k in tl.range(0, WIDTH, BLOCK):
+            j = k + tl.arange(0, BLOCK)
+            bias = tl.load(b + expert.to(tl.int64) * stride_b + j, mask=j < WIDTH, other=0.0).to(tl.float32)
+            total += tl.sum(_operand(grad, slots, r, used, j, WIDTH, stride, SHARE).to(tl.float32) * bias[None, :], 1)
+        tl.store(out + r, tl.load(out + r, mask=used, other=0.0) + total, mask=used)

@@ -1,4 +1,4 @@
-"""Gradients of an expert program of two layers whose last is a plain product: y = h @ W, h = epilogue(products of x, biases, w).
+"""Gradients of an expert program of two layers, y = h @ W (+ bias), h = epilogue(products of x, biases, w).
 
     forward   z = products of x, saved in the order of slots [N, OUT], in the model's dtype; h is not kept
     reverse   one kernel: dh = scale * (grad @ W.T); h and dz from z in registers; h * scale, dz and each row's gradients of scale and w
@@ -36,13 +36,25 @@ class Reversed(NamedTuple):
 def unfit(layers: Sequence[Layer], program: Program) -> str | None:
     """Why a program has no backward here."""
     text, stops = program.text, any(step.op == "stop" for step in program.steps)
-    if len(layers) != 2 or not layers[0].products or program.steps[-1].op != "mm" or stops:
-        return f"the backward takes two layers of products, the last of them plain, and no stop; {text!r} is not of that form"
+    if len(layers) != 2 or not layers[0].products or not _plain(layers[1], program) or stops:
+        return f"the backward takes two layers of products, the last with a bias at most, and no stop; {text!r} is not of that form"
     for at, bias in enumerate(layers[0].biases):
         readers = [op for op in layers[0].body if f"b{at}" in op.args]
         if len(readers) != 1 or readers[0].function != "add" or _added_to(layers[0], readers[0].args, bias) is None:
             return f"the backward takes biases that are added to their product and read nowhere else, in {text!r}"
     return None
+
+
+def _plain(last: Layer, program: Program) -> bool:
+    """Is the result a product, or a product and a bias?"""
+    whole = all((each.start, each.step) == (0, 1) for each in (*last.products, *last.biases))
+    ends = [program.steps[-1], *(program.steps[arg] for arg in program.steps[-1].args)]
+    if len(last.products) != 1 or not whole:
+        return False
+    if not last.body:
+        return ends[0].op == "mm"
+    added = len(last.body) == 1 and last.body[0].function == "add" and set(last.body[0].args) == {"p0", "b0"}
+    return added and {step.op for step in ends[1:]} == {"mm", "b"}
 
 
 def _added_to(layer: Layer, args: tuple[str, ...], bias: Columns) -> Columns | None:
@@ -56,8 +68,10 @@ def _added_to(layer: Layer, args: tuple[str, ...], bias: Columns) -> Columns | N
 
 def saved_products(call: Call, layers: Sequence[Layer], saved: Sequence[Any], kept: Sequence[int], plan: Plan) -> dict[int, Any]:
     """z by weight number: what the forward saved, and the rest computed again."""
-    found = {call.program.steps[step].attrs[0]: tensor for step, tensor in zip(kept, saved, strict=True)}
-    missing = sorted({each.of for each in layers[0].products} - found.keys())
+    read = {each.of for each in layers[0].products}
+    given = {call.program.steps[step].attrs[0]: tensor for step, tensor in zip(kept, saved, strict=True)}
+    found = {j: tensor for j, tensor in given.items() if j in read}
+    missing = sorted(read - found.keys())
     if missing:
         found |= {j: new_product(call, layers[0], j) for j in missing}
         route_w = None if call.topk_weights is None else call.topk_weights.contiguous()
@@ -77,6 +91,8 @@ def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, An
     hidden, last = layers
     grad, share = grad.contiguous(), call.top_k if call.combined else 1
     found = _reverse(call, hidden, last, grad, share, z, plan, wants_h=any(needs[2:split]))
+    if found.dscale is not None and last.biases:
+        _bias_of_last(call, last, grad, share, found.dscale, plan)
     if call.combined and call.combine_weights is not None and needs[-1]:
         _to_slots(found.dscale, plan, grads[-1])
     if needs[1]:
@@ -90,8 +106,11 @@ def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, An
         _weight(call, last, last.products[0].of, (found.h, 0), (grad, share), weight_grads, plan)
         for j, dz in found.dz.items():
             _weight(call, hidden, j, (x_TH, call.top_k), (dz, 0), weight_grads, plan)
-    for bias in {each.of for each in hidden.biases}:
-        _bias(call, hidden, bias, found.dz, grads[2 + num_weights :], needs[2 + num_weights :], plan)
+    bias_grads, wanted = grads[2 + num_weights :], needs[2 + num_weights :]
+    for j in {each.of for each in hidden.biases}:
+        _bias(call, j, (_rows_of_bias(hidden, j, found.dz), 0), None, bias_grads, wanted, plan)
+    for each in last.biases:
+        _bias(call, each.of, (grad, share), _scale(call), bias_grads, wanted, plan)
     if needs[0]:
         _rows(call, hidden, found.dz, plan, grads[0])
     return grads
@@ -106,7 +125,7 @@ def _reverse(call: Call, hidden: Layer, last: Layer, grad: Any, share: int, z: M
     num_tiles = -(-hidden.width // t.cols)
     dz = {j: torch.empty((padded, each.shape[1]), dtype=hidden.operand, device=device) for j, each in z.items()}
     h = torch.empty((padded, hidden.width), dtype=last.operand, device=device) if wants_h else None
-    scale = call.combine_weights.contiguous() if call.combined and call.combine_weights is not None else None
+    scale = _scale(call)
     wanted = (scale is not None, hidden.reads_w)
     per_tile = [torch.zeros((num_tiles, padded), dtype=torch.float32, device=device) if each else None for each in wanted]
     if padded:
@@ -178,23 +197,44 @@ def _weight(call: Call, layer: Layer, j: int, rows: tuple[Any, int], grad: tuple
             given.copy_(written)
 
 
-def _bias(call: Call, hidden: Layer, j: int, dz: Mapping[int, Any], grads: Sequence[Any], needs: Sequence[bool], plan: Plan) -> None:
-    """Bias j's gradient: that of the product it is added to, summed over rows."""
+def _scale(call: Call) -> Any:
+    """The weights [T, K] of the sum over slots, or None."""
+    return call.combine_weights.contiguous() if call.combined and call.combine_weights is not None else None
+
+
+def _bias_of_last(call: Call, last: Layer, grad: Any, share: int, dscale_P: Any, plan: Plan) -> None:
+    """What the last layer's bias adds to the gradient of scale."""
+    from .backward_gemm import bias_dot_kernel
+
+    (bias, _), (stride, _) = biases_of(last, call.biases)
+    if plan.slots.shape[0]:
+        bias_dot_kernel[(plan.blocks.shape[0],)](
+            grad, bias, dscale_P, plan.slots, plan.blocks, plan.num_blocks, grad.shape[1], grad.stride(0), stride, SHARE=share,
+            BM=plan.block_rows, BLOCK=64,
+        )  # fmt: skip
+
+
+def _rows_of_bias(hidden: Layer, j: int, dz: Mapping[int, Any]) -> Any:
+    """dz of the product that bias j is added to: their gradients are the same."""
+    at = next(at for at, each in enumerate(hidden.biases) if each.of == j)
+    product = _added_to(hidden, next(op for op in hidden.body if f"b{at}" in op.args).args, hidden.biases[at])
+    assert product is not None
+    return dz[product.of]
+
+
+def _bias(call: Call, j: int, rows: tuple[Any, int], scale: Any, grads: Sequence[Any], needs: Sequence[bool], plan: Plan) -> None:
+    """Bias j's gradient: the sum over an expert's rows, each times its scale. rows with their share, as for _weight."""
     from .backward_gemm import column_kernel
 
     slot = call.biases.slots[j]
     if not any(needs[slot.first : slot.first + slot.num]):
         return
-    at = next(at for at, each in enumerate(hidden.biases) if each.of == j)
-    reader = next(op for op in hidden.body if f"b{at}" in op.args)
-    product = _added_to(hidden, reader.args, hidden.biases[at])
-    assert product is not None
-    rows = dz[product.of]
-    whole = torch.empty((plan.counts.shape[0], rows.shape[1]), dtype=torch.float32, device=rows.device)
+    whole = torch.empty((plan.counts.shape[0], rows[0].shape[1]), dtype=torch.float32, device=plan.counts.device)
     block = 128
     column_kernel[(whole.shape[0], -(-whole.shape[1] // block))](
-        rows, whole, plan.counts, plan.firsts, whole.shape[1], rows.stride(0), whole.stride(0), BK=32, BLOCK=block
-    )
+        rows[0], scale, whole, plan.slots, plan.counts, plan.firsts, whole.shape[1], rows[0].stride(0), whole.stride(0), SHARE=rows[1],
+        BK=32, BLOCK=block,
+    )  # fmt: skip
     for at, part in enumerate([whole] if slot.stacked else whole.unbind(0), slot.first):
         if needs[at]:
             grads[at].copy_(part)
