@@ -5,10 +5,12 @@ Triton reads TRITON_INTERPRET when a kernel is defined, so the cases run in one 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -228,11 +230,21 @@ def fp8(hidden: int, counts: list[int]) -> None:
     check_collect(ranks, ids, [each.handle for each in got], 0)
 
 
-@CASES.add((600, 2), (513, 4))
-def more_than_fused(most: int, world: int) -> None:
-    """Places found by the kernel of their own, several programs."""
+@CASES.add((513, 2, 0), (70, 4, 16))
+def more_than_fused(most: int, world: int, fused: int) -> None:
+    """Places found by the kernel of their own, several programs; fused: the limit set to so many tokens."""
     ranks = Ranks(world, max_tokens=most, hidden=8, num_experts=16)
-    exchange_once(ranks, [most, *[3] * (world - 1)])
+    with fused_up_to(fused):
+        exchange_once(ranks, [most, *[3] * (world - 1)])
+
+
+@contextlib.contextmanager
+def fused_up_to(count: int) -> Iterator[None]:
+    """0: as it is."""
+    from moe_compile.ops.comm.peer import engine
+
+    with mock.patch.object(engine, "FUSED_TOKENS", count or engine.FUSED_TOKENS):
+        yield
 
 
 @CASES.add((1,), (3,))
@@ -298,10 +310,11 @@ def items_of_collect() -> None:
 
 @CASES.add((1, 4), (64, 2), (600, 8))
 def lags(lag: int, tile: int) -> None:
-    ranks = Ranks(2, max_tokens=600, hidden=8)
+    ranks = Ranks(2, max_tokens=90, hidden=8)
     for exchange in ranks.exchanges:
         exchange.tuning.lag, exchange.tuning.tile = lag, tile
-    exchange_once(ranks, [600, 530])
+    with fused_up_to(16):
+        exchange_once(ranks, [90, 71])
 
 
 def batched_once(ranks: Ranks, counts: list[int], seed: int, ids: list[Any] | None = None, overflow: int = 0) -> int:
