@@ -75,7 +75,7 @@ def many_tiles() -> None:
     """More columns than a tile has, in every way that tiles go over them."""
     for changes in ({"cols": 16, "depth": 16}, {"cols": 16, "swap": True}, {"cols": 32, "persistent": True, "half": True, "group": 2}):
         for layout in LAYOUTS:
-            run(HALVES, layout, Sizes(40, 2, 3, 40, 40), block=16, **changes)
+            run(HALVES, layout, Sizes(20, 2, 2, 40, 40), block=16, **changes)
 
 
 @CASES.add()
