@@ -105,8 +105,7 @@ def _inputs(call: Call) -> tuple[Any, Any]:
 
 
 def _shape(call: Call, layers: tuple[Layer, ...], slots: int, num_experts: int) -> configs.Shape:
-    first = next(layer for layer in layers if layer.products)
-    return configs.Shape(slots, num_experts, call.x.shape[1], first.width, len(first.products), first.operand.itemsize)
+    return launch.shape_of(next(layer for layer in layers if layer.products), call.weights, slots, num_experts, call.x)
 
 
 def supports(problem: registry.Problem) -> str | None:

@@ -1,59 +1,21 @@
 """Which tile sizes a layer's GEMM takes: the only file with policy for kernels.
 
-Chosen by shape alone, from what the host knows (slots, experts, widths, element size): rows an expert, on average, tell whether reading
-weights or multiplying is the bound. Measured on H200s; see benchmarks/notes.md.
+What was measured for such a layer on such a device is taken first (tuned.py). The rules here choose by shape alone, from what the host
+knows (slots, experts, widths, element size): rows an expert, on average, tell whether reading weights or multiplying is the bound.
+Measured on H200s; see benchmarks/notes.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from . import tuned
+from .tiles import Shape as Shape
+from .tiles import Strip as Strip
+from .tiles import Tiles as Tiles
+
 STAGED = 224 * 1024  # bytes of shared memory that tiles under way may take; an H100 or H200 has 227 KiB a program
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """One GEMM's launch. rows, cols, depth: of a tile (cols of each product). group: blocks that share a weight tile in L2.
-
-    swap: weights are the tensor core's M side. persistent: a program for each multiprocessor. half: the result is stored in two boxes.
-    spread: rows are copied into sorted order before, so that a descriptor can read them. described: weights are read by descriptors where
-    they can be. early: the kernel is launched while the one before it runs (programmatic dependent launch).
-    """
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-    group: int = 8
-    swap: bool = False
-    persistent: bool = False
-    half: bool = False
-    spread: bool = False
-    described: bool = True
-    early: bool = False
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What tiles are chosen by: slots N, experts E, inner width, columns of each product, products at a time, bytes of an element."""
-
-    slots: int
-    experts: int
-    inner: int
-    width: int
-    products: int
-    itemsize: int
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One layer for single slots: columns and depth of what a program holds."""
-
-    cols: int
-    depth: int
-    warps: int
 
 
 FEW_SLOTS = 16  # up to so many, of up to FEW_TOKENS tokens, each slot is computed by itself
@@ -66,6 +28,11 @@ def few(tokens: int, top_k: int) -> bool:
 
 def strip(shape: Shape, along: bool, last: bool) -> Strip:
     """along: inputs are next to each other in memory. last: the layer adds up the slots; one load covers its inner width where it can."""
+    found: Strip = tuned.chosen(tuned.few_role(along, last), shape, 0, lambda: _strip(shape, along, last))
+    return found
+
+
+def _strip(shape: Shape, along: bool, last: bool) -> Strip:
     if not along:
         return Strip(min(128, max(16, _power(shape.width))), 16, 4)
     inner = max(16, _power(shape.inner))
@@ -78,6 +45,11 @@ def strip(shape: Shape, along: bool, last: bool) -> Strip:
 
 def block_rows(shape: Shape) -> int:
     """Rows of a block: all layers of a call share them. Few experts have large weights, which a second block would read again."""
+    found: int = tuned.chosen(tuned.ROWS, shape, 0, lambda: _block_rows(shape))
+    return found
+
+
+def _block_rows(shape: Shape) -> int:
     rows = shape.slots / max(1, shape.experts)
     if rows <= 8:
         return 16
@@ -91,6 +63,11 @@ FEW_EXPERTS = 16
 
 def tiles(shape: Shape, rows: int, first: bool) -> Tiles:
     """first: the layer reads x through slots."""
+    found: Tiles = tuned.chosen(tuned.FIRST if first else tuned.NEXT, shape, rows, lambda: _tiles(shape, rows, first))
+    return found
+
+
+def _tiles(shape: Shape, rows: int, first: bool) -> Tiles:
     two = shape.products == 2
     if rows == 16:
         found = Tiles(rows, 64, 256, 4, 3, 1, swap=True, early=True) if two else Tiles(rows, 128, 128, 4, 3, 1, swap=True, early=True)

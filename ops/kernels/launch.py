@@ -12,6 +12,7 @@ import torch
 from moe_compile.ops.layout import Params
 
 from . import configs
+from .configs_backward import Grid
 from .layers import Columns, Layer
 from .plan import Plan
 
@@ -48,9 +49,7 @@ def run(
     if not layers[0].products:
         rows, gather, layers = spread(x_TH, plan, top_k, layers[0], route_w), False, layers[1:]
     for layer in layers:
-        shape = configs.Shape(
-            plan.rows.shape[0], plan.counts.shape[0], rows.shape[1], layer.width, len(layer.products), layer.operand.itemsize
-        )
+        shape = shape_of(layer, weights, plan.rows.shape[0], plan.counts.shape[0], rows)
         tiles = configs.tiles(shape, plan.block_rows, gather)
         if tiles.stages > 3 and (saves is not None or any(each.step > 1 for each in layer.products)):
             tiles = dataclasses.replace(tiles, stages=3)  # products are laid out anew, which takes shared memory too
@@ -60,10 +59,19 @@ def run(
     return rows
 
 
+def shape_of(layer: Layer, weights: Params, slots: int, experts: int, rows: Any) -> configs.Shape:
+    """What the tiles of a layer are chosen by."""
+    slot = weights.slots[layer.products[0].of]
+    return configs.Shape(
+        slots, experts, rows.shape[1], layer.width, len(layer.products), layer.operand.itemsize, slot.axes + ("" if slot.stacked else "*"),
+        rows.device,
+    )  # fmt: skip
+
+
 def product(layer: Layer, rows_PI: Any, weights: Params, width: int, plan: Plan) -> Any:
     """[P, width] = rows by the layer's one weight, its outputs read as inputs."""
     layer = dataclasses.replace(layer, width=width, dtype=rows_PI.dtype)
-    shape = configs.Shape(plan.rows.shape[0], plan.counts.shape[0], rows_PI.shape[1], width, 1, layer.operand.itemsize)
+    shape = shape_of(layer, weights, plan.rows.shape[0], plan.counts.shape[0], rows_PI)
     tiles = configs.tiles(shape, plan.block_rows, False)
     return _layer(layer, tiles, rows_PI, False, weights, weights, None, 1, plan, turned=True)
 
@@ -183,7 +191,7 @@ def to_slots(y_PO: Any, plan: Plan, slots: int) -> Any:
 
 
 # ---------------------------------------------------------------- where parameters lie
-def weights_of(layer: Layer, weights: Params, t: configs.Tiles | None = None, turned: bool = False) -> Weights:
+def weights_of(layer: Layer, weights: Params, t: configs.Tiles | Grid | None = None, turned: bool = False) -> Weights:
     """How the kernel reads the layer's weights; without tiles, by addresses and two products apart. turned: outputs as inputs."""
     first, second = _two(layer.products)
     slots = [weights.slots[each.of] for each in (first, second)]

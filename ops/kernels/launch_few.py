@@ -9,7 +9,7 @@ import torch
 from moe_compile.ops.layout import Params
 
 from . import configs
-from .launch import biases_of, columns, multiplied, starts_early, type_of, weights_of
+from .launch import biases_of, columns, multiplied, shape_of, starts_early, type_of, weights_of
 from .layers import Layer
 
 
@@ -79,7 +79,7 @@ def _common(
 
     w = weights_of(layer, weights)
     b, b_strides = biases_of(layer, biases)
-    shape = configs.Shape(ids.numel(), num_experts, rows.shape[1], layer.width, len(layer.products), layer.operand.itemsize)
+    shape = shape_of(layer, weights, ids.numel(), num_experts, rows)
     strip = configs.strip(shape, not w.transposed, last)
     names = ("START0", "STEP0", "START1", "STEP1", "BSTART0", "BSTEP0", "BSTART1", "BSTEP1")
     fixed = {

@@ -1,0 +1,72 @@
+"""Tiles of the GEMMs with quantised weights: policy alone, as configs.py has it for others.
+
+A tile is as deep as a scale holds (128 inputs), and has the columns of one scale of the next layer's rows (128). Weights that are turned
+into numbers in registers are the tensor core's M side, which can be read from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .configs import STAGED
+from .tiles import Shape, Tiles
+
+DEPTH = 128
+COLS = 128
+MOST_STAGES = 6
+
+
+def block_rows(shape: Shape, kind: str, pairs: bool) -> int:
+    """Rows of a block, all layers of a call share them. Pairs in e4m3 have two accumulators of twice the columns."""
+    rows = shape.slots / max(1, shape.experts)
+    if rows <= 8:
+        return 16
+    if rows <= 24:
+        return 32
+    return 64 if rows <= 64 or (pairs and kind == "fp8") else 128
+
+
+def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
+    """kind: "fp8", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products."""
+    few = rows <= 32
+    cols = COLS // 2 if pairs and not quantised_next else COLS
+    if kind == "fp8":
+        warps = 4 if few or (rows == 64 and cols * (2 if pairs else 1) <= COLS) else 8
+        t = Tiles(rows, cols, DEPTH, warps, MOST_STAGES, 1 if few else 8, swap=few, persistent=rows == 128, half=rows == 128, early=few)
+    else:
+        t = Tiles(rows, cols, DEPTH, 4 if few else 8, MOST_STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
+    while t.stages > 2 and staged(t, shape, kind, pairs) > STAGED:
+        t = replace(t, stages=t.stages - 1)
+    return t
+
+
+def smaller(t: Tiles) -> Tiles | None:
+    """What to try where tiles do not fit in a device's shared memory; None: nothing else."""
+    return replace(t, stages=t.stages - 1) if t.stages > 1 else None
+
+
+def staged(t: Tiles, shape: Shape, kind: str, pairs: bool) -> int:
+    """Bytes of shared memory of the tiles under way."""
+    bits = {"fp8": 8, "int8": 8}.get(kind, 4)
+    cols = t.cols * (2 if pairs or t.half else shape.products)
+    item = 1 if kind == "fp8" else shape.itemsize
+    store = t.rows * t.cols * shape.itemsize if t.persistent else 0
+    return t.stages * t.depth * (t.rows * item + cols * bits // 8) + store
+
+
+STRIP = 2048  # bytes of each column that a program of the kernels for single slots holds
+
+
+def strip(units: int, per_group: int, size: int, transposed: bool, last: bool) -> tuple[int, int, int]:
+    """(columns, groups of inputs, warps) of a program for single slots; units of `size` bytes along the inputs, per_group with one scale.
+
+    last: the layer adds up the slots, one load covers its inputs where it can.
+    """
+    if transposed:
+        return 64, 1, 4
+    most = 2 * STRIP if last else STRIP
+    groups = 1
+    while groups * per_group * size < most and groups * per_group < units:
+        groups *= 2
+    held = groups * per_group * size
+    return (1 if held > STRIP else 2), groups, max(1, min(4, held // 1024))
