@@ -8,7 +8,8 @@ the same to the bit in every run. Bound by reading the weights for few rows an e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,9 +78,12 @@ def backward(call: Call, grad: Any, saved: list[Any], needs_grad: Sequence[bool]
 
 def _rows_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, Plan, list[Any]]:
     layers = layers_of(call.program, call.values)
+    reason = launch_backward.unfit(layers, call.program)
+    if reason is not None:
+        raise ValueError(f"triton: {reason}; choose another provider for training")
     plan = _plan(call, configs_backward.block_rows(call.order.shape[0], call.offsets.shape[0]))
     kept = [call.program.steps[step].attrs[0] for step in reverse_plan(call.program, call.needs(needs_grad), keep=True).kept]
-    saves = launch.Saves({j: launch_backward.new_product(call, layers[0], j) for j in kept}, call.offsets)
+    saves = launch.Saves({j: launch_backward.new_product(call, layers[-2], j) for j in kept}, call.offsets)
     return _through(call, layers, plan, saves), plan, [saves.products[j] for j in kept]
 
 
@@ -144,14 +148,28 @@ def cost(problem: registry.Problem) -> float:
     return (75.0 + 2 * (reads + products)) if problem.training else 15.0 + reads + products
 
 
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which may be another than that of the call's tensors."""
+
+    @functools.wraps(kernel)
+    def launched(call: Call, *args: Any) -> Any:
+        with torch.cuda.device_of(call.x):
+            return kernel(call, *args)
+
+    return launched
+
+
 KERNELS: dict[str, Any] = {
-    NAME: forward,
-    SORTED: forward_sorted,
-    COMBINED: forward_combined,
-    LOCAL: forward_local,
-    SAVING: forward_saving,
-    BACKWARD: backward,
-    COMBINED_SAVING: forward_combined_saving,
-    COMBINED_BACKWARD: backward,
+    name: _on_its_device(kernel)
+    for name, kernel in {
+        NAME: forward,
+        SORTED: forward_sorted,
+        COMBINED: forward_combined,
+        LOCAL: forward_local,
+        SAVING: forward_saving,
+        BACKWARD: backward,
+        COMBINED_SAVING: forward_combined_saving,
+        COMBINED_BACKWARD: backward,
+    }.items()
 }
 PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))

@@ -23,6 +23,7 @@ from moe_compile.ops.kernels import launch, launch_backward, launch_few, plan
 from moe_compile.ops.quantize_dispatch import counting_sort
 
 SWIGLU = "mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {j}, 1))"
+SPREAD = "mm(1, silu(cols(mm(0, w * x), 0, {i}, 1)) * cols(mm(0, w * x), {i}, {j}, 1))"
 PAIRS = "mm(1, clamp(cols(mm(0, x), 0, {j}, 2), None, 7.0) * sigmoid(1.702 * cols(mm(0, x), 1, {j}, 2)))"
 compiled: list[tuple[str, int]] = []
 
@@ -80,8 +81,9 @@ def layer(
     if not backward:
         local_experts.OP.overload(x, ids, experts, None, weights, [], text, layouts, "", w, dtype, "triton")
         return
-    args = (x, *counting_sort(ids, experts), None, weights, [], text, layouts, "", top_k, w, dtype, "triton")
-    needs = [True, False, True, True, True]
+    inner, summed = (w, None) if "w *" in text else (None, w)
+    args = (x, *counting_sort(ids, experts), inner, weights, [], text, layouts, "", top_k, summed, dtype, "triton")
+    needs = [True, inner is not None, True, True, summed is not None]
     out, saved = experts_combine.SAVING_OP.overload(*args, needs)
     experts_combine.BACKWARD_OP.overload(torch.zeros_like(out), saved, *args, needs)
 
@@ -97,6 +99,7 @@ CASES: dict[str, Callable[[], None]] = {
     "128 rows, float32": lambda: layer(1024, 2, 8, 256, 128, dtype=torch.float32),
     "odd sizes": lambda: layer(1024, 2, 8, 250, 101),
     "backward": lambda: layer(4096, 2, 8, 2048, 768, backward=True),
+    "backward, weighted rows": lambda: layer(4096, 2, 8, 2048, 768, program=SPREAD, backward=True),
     "backward, pairs, float16": lambda: layer(1024, 2, 8, 256, 128, "eio", PAIRS, torch.float16, backward=True),
 }
 

@@ -87,7 +87,9 @@ def rows_that_were_spread() -> None:
 ADDED = "mm(1, gelu(cols(mm(0, x) + b(0), 0, {j}, 2)) * (cols(mm(0, x) + b(0), 1, {j}, 2) + 1.0) * w)"
 GATE, UP = (f"cols(mm(0, x), {at}, {{j}}, 2) + cols(b(0), {at}, {{j}}, 2)" for at in (0, 1))
 BOTH = f"mm(1, clamp({GATE}, None, 1.0) * ({UP})) + b(1)"
-TRAINED = {name: PROGRAMS[name] for name in ("halves", "swapped halves", "pairs", "apart", "one")} | {"added": ADDED, "both biases": BOTH}
+SPREAD = "mm(1, silu(cols(mm(0, w * x), 0, {i}, 1)) * cols(mm(0, w * x), {i}, {j}, 1))"
+TRAINED = {name: PROGRAMS[name] for name in ("halves", "swapped halves", "pairs", "apart", "one")}
+TRAINED |= {"added": ADDED, "both biases": BOTH, "weighted rows": SPREAD}
 
 
 @CASES.add(*((name, layout) for name in TRAINED for layout in LAYOUTS))

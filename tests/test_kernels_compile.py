@@ -14,7 +14,7 @@ import pytest
 
 NAMES = (
     "one token", "one token, inputs by outputs", "16 rows", "32 rows", "64 rows", "128 rows", "128 rows, pairs", "128 rows, float32",
-    "odd sizes", "backward", "backward, pairs, float16",
+    "odd sizes", "backward", "backward, weighted rows", "backward, pairs, float16",
 )  # fmt: skip
 SHARED = 232448  # bytes that a program can have
 

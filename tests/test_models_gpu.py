@@ -64,3 +64,15 @@ def test_gradients_in_float32(name: str, options: dict[str, Any]) -> None:
         if wanted.grad is not None:
             off = float((got.grad - wanted.grad).norm() / wanted.grad.norm().clamp(min=1e-6))
             assert off < 2e-3, (key, off)
+
+
+@pytest.mark.gpus
+def test_a_model_on_another_device_than_the_current_one() -> None:
+    model, plain, kwargs = made("mixtral", torch.float32)
+    for each in (model, plain):
+        each.to("cuda:1")
+    inputs = {k: v.to("cuda:1") if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+    assert torch.cuda.current_device() == 0
+    compiled = moe_compile.compile(model, inner="eager")
+    with torch.no_grad():
+        assert share_off(first_tensor(compiled(**inputs)), first_tensor(plain(**inputs)), 1e-3) <= 0.2

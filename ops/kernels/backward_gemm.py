@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _dot, _pick, _row_tile, _weight_tile, biases_of, matrix, places_of, tile_columns
+from .grouped_gemm import biases_of, dot, matrix, pick, places_of, row_tile, tile_columns, weight_tile
 
 
 @triton.jit
@@ -58,9 +58,9 @@ def _reverse_tile(
         base = matrix(w, expert, e0, W_FROM, W_TYPE)
     acc = tl.zeros([BM, BN], tl.float32)
     for k in tl.range(0, IN, BK):
-        g = _row_tile(grad, at, row0, k, IN, BM, BK, "gather", EVEN, DTYPE)
-        tile = _weight_tile(w, base, cols, k, (expert, n * BN), i0, o0, IN, W_FROM, BN, BK, EVEN, TRANSPOSED, DTYPE)
-        acc = _dot(g, tile, acc, False, PRECISION)
+        g = row_tile(grad, at, row0, k, IN, BM, BK, "gather", EVEN, DTYPE)
+        tile = weight_tile(w, base, cols, k, (expert, n * BN), i0, o0, IN, W_FROM, BN, BK, EVEN, TRANSPOSED, DTYPE)
+        acc = dot(g, tile, acc, False, PRECISION)
     j = n * BN + tl.arange(0, BN)
     p0 = _saved(z0, place, used, j, WIDTH, stride_z0, START0, STEP0)
     p1 = p0
@@ -106,7 +106,7 @@ def reverse_kernel(
     """
     count = tl.load(num_blocks)
     for t in tl.range(tl.program_id(0), count * num_tiles, programs):
-        block, n = _pick(t, count, num_tiles, GROUP)
+        block, n = pick(t, count, num_tiles, GROUP)
         _reverse_tile(
             grad, w, b0, b1, route_w, scale, z0, z1, dz0, dz1, h, dscale, dw, slots, blocks, counts, firsts, ends, block, n, padded,
             IN, WIDTH, stride_grad, e0, i0, o0, eb0, eb1, stride_z0, stride_z1, stride_h, START0, STEP0, START1, STEP1, BSTART0, BSTEP0,

@@ -37,7 +37,7 @@ def matrix(w, expert, stride_e, FROM: tl.constexpr, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(
+def weight_tile(
     w, base, cols, k, row, stride_i, stride_o, IN, FROM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def _weight_tile(
 
 
 @triton.jit
-def _row_tile(
+def row_tile(
     a, at, row0, k, IN, BM: tl.constexpr, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """[BM, BK] of the block's rows."""
@@ -68,7 +68,7 @@ def _row_tile(
 
 
 @triton.jit
-def _dot(rows, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+def dot(rows, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """acc [BM, N] (SWAP: [N, BM]) += rows [BM, BK] @ weights [N, BK].T"""
     if SWAP:
         acc = tl.dot(weights, rows.T, acc, input_precision=PRECISION)
@@ -78,7 +78,7 @@ def _dot(rows, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _parted(acc, BM: tl.constexpr, BN: tl.constexpr, FORM: tl.constexpr, SWAP: tl.constexpr):
+def parted(acc, BM: tl.constexpr, BN: tl.constexpr, FORM: tl.constexpr, SWAP: tl.constexpr):
     """Two products [BM, BN] from one accumulator of 2 * BN columns."""
     if FORM == "halves":
         first, second = tl.split(acc.reshape(2, BN, BM).permute(1, 2, 0) if SWAP else acc.reshape(BM, 2, BN).permute(0, 2, 1))
@@ -168,16 +168,16 @@ def _tile(
     acc = tl.zeros([N, BM] if SWAP else [BM, N], tl.float32)
     more = acc
     for k in tl.range(0, IN, BK):
-        x = _row_tile(a, at, row0, k, IN, BM, BK, A_FROM, EVEN, DTYPE)
-        w = _weight_tile(w0, base0, wide, k, row, i0, o0, IN, W_FROM, N, BK, EVEN, TRANSPOSED, DTYPE)
-        acc = _dot(x, w, acc, SWAP, PRECISION)
+        x = row_tile(a, at, row0, k, IN, BM, BK, A_FROM, EVEN, DTYPE)
+        w = weight_tile(w0, base0, wide, k, row, i0, o0, IN, W_FROM, N, BK, EVEN, TRANSPOSED, DTYPE)
+        acc = dot(x, w, acc, SWAP, PRECISION)
         if FORM == "apart":
-            u = _weight_tile(
+            u = weight_tile(
                 w1, base1, START1 + STEP1 * cols, k, (expert, START1 + n * BN), i1, o1, IN, W_FROM, N, BK, EVEN, TRANSPOSED, DTYPE
             )
-            more = _dot(x, u, more, SWAP, PRECISION)
+            more = dot(x, u, more, SWAP, PRECISION)
     if (FORM == "halves") | (FORM == "pairs"):
-        p0, p1 = _parted(acc, BM, BN, FORM, SWAP)
+        p0, p1 = parted(acc, BM, BN, FORM, SWAP)
     else:
         p0 = acc.T if SWAP else acc
         p1 = more.T if SWAP else more
@@ -207,7 +207,7 @@ def _tile(
 
 
 @triton.jit
-def _pick(t, num_blocks, num_tiles, GROUP: tl.constexpr):
+def pick(t, num_blocks, num_tiles, GROUP: tl.constexpr):
     """Item t: GROUP blocks by all column tiles at a time, blocks fastest, so that blocks of one expert meet on a weight tile in L2."""
     wide = GROUP * num_tiles
     first = (t // wide) * GROUP
@@ -240,7 +240,7 @@ def layer_kernel(
     count = tl.load(num_blocks)
     if PERSISTENT:
         for t in tl.range(tl.program_id(0), count * num_tiles, programs, flatten=True):
-            block, n = _pick(t, count, num_tiles, GROUP)
+            block, n = pick(t, count, num_tiles, GROUP)
             _tile(
                 a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
                 e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
@@ -248,7 +248,7 @@ def layer_kernel(
                 TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
             )  # fmt: skip
     elif tl.program_id(0) < count * num_tiles:
-        block, n = _pick(tl.program_id(0), count, num_tiles, GROUP)
+        block, n = pick(tl.program_id(0), count, num_tiles, GROUP)
         _tile(
             a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
             e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,

@@ -53,7 +53,7 @@ def run(
         tiles = configs.tiles(shape, plan.block_rows, gather)
         if tiles.stages > 3 and (saves is not None or any(each.step > 1 for each in layer.products)):
             tiles = dataclasses.replace(tiles, stages=3)  # products are laid out anew, which takes shared memory too
-        if gather and tiles.spread and _describable(rows, layer.operand):
+        if gather and tiles.spread and describable(rows, layer.operand):
             rows, gather = spread(x_TH, plan, top_k), False
         rows, gather = _layer(layer, tiles, rows, gather, weights, biases, route_w, top_k, plan, saves), False
     return rows
@@ -115,10 +115,10 @@ def _launch(
 
     w = weights_of(layer, weights, t, turned)
     b, b_strides = biases_of(layer, biases)
-    described = not gather and _describable(rows, layer.operand)
-    stored = _describable(out, layer.dtype)
-    a = _descriptor(rows, [t.rows, t.depth]) if described else rows
-    to = _descriptor(out, [t.rows, t.cols // 2 if t.half else t.cols]) if stored else out
+    described = not gather and describable(rows, layer.operand)
+    stored = describable(out, layer.dtype)
+    a = descriptor(rows, [t.rows, t.depth]) if described else rows
+    to = descriptor(out, [t.rows, t.cols // 2 if t.half else t.cols]) if stored else out
     early = t.early and starts_early(rows.device)
     z = [None if saves is None else saves.products.get(each.of) for each in layer.products]
     z = z if len(z) == 2 else [*z, None]
@@ -153,6 +153,20 @@ def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_
             num_warps=warps,
         )  # fmt: skip
     return out
+
+
+def unspread(x_TH: Any, drows_PH: Any, plan: Plan, layer: Layer, route_w: Any, dx_TH: Any, dw_TK: Any) -> None:
+    """The backward of spread with a layer: writes dx [T, H] and, where wanted, dw float32 [T, K]."""
+    from .epilogue import adjoint_of
+    from .rows import unspread_kernel
+
+    (tokens, hidden), top_k = x_TH.shape, plan.rows.shape[0] // max(1, x_TH.shape[0])
+    if tokens and hidden:
+        block, warps = _row_block(hidden)
+        unspread_kernel[(tokens,)](
+            x_TH, drows_PH, plan.rows, route_w if route_w is not None else plan.rows, dx_TH, dw_TK, hidden, x_TH.stride(0), dx_TH.stride(0),
+            K=top_k, KP=1 << max(0, top_k - 1).bit_length(), ADJOINT=adjoint_of(layer), READS_W=layer.reads_w, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 def add_up(y_PO: Any, plan: Plan, weights_TK: Any, tokens: int, top_k: int, dtype: torch.dtype) -> Any:
@@ -193,7 +207,7 @@ def to_slots(y_PO: Any, plan: Plan, slots: int) -> Any:
 # ---------------------------------------------------------------- where parameters lie
 def weights_of(layer: Layer, weights: Params, t: configs.Tiles | Grid | None = None, turned: bool = False) -> Weights:
     """How the kernel reads the layer's weights; without tiles, by addresses and two products apart. turned: outputs as inputs."""
-    first, second = _two(layer.products)
+    first, second = two(layer.products)
     slots = [weights.slots[each.of] for each in (first, second)]
     tensors = [weights.tensors[slot.first] for slot in slots]
     if (slots[0].stacked, slots[0].axes, tensors[0].dtype) != (slots[1].stacked, slots[1].axes, tensors[1].dtype):
@@ -212,9 +226,9 @@ def weights_of(layer: Layer, weights: Params, t: configs.Tiles | Grid | None = N
             tensor = tensors[0]
             view = tensor.view(2 * tensor.shape[0], tensor.shape[1] // 2, tensor.shape[2]) if tensor.is_contiguous() else None
             if view is not None:
-                box = _descriptor(view, [2, t.cols, t.depth])
+                box = descriptor(view, [2, t.cols, t.depth])
                 return Weights("tma", form, (box, box), strides, False, tensor.dtype)
-        boxes = [_descriptor(tensor, [1, t.depth, cols] if transposed else [1, cols, t.depth]) for tensor in tensors]
+        boxes = [descriptor(tensor, [1, t.depth, cols] if transposed else [1, cols, t.depth]) for tensor in tensors]
         return Weights("tma", "apart" if form == "halves" else form, (boxes[0], boxes[1]), strides, transposed, tensors[0].dtype)
     return Weights("stack", "apart" if form == "halves" else form, (tensors[0], tensors[1]), strides, transposed, tensors[0].dtype)
 
@@ -225,7 +239,7 @@ def _boxed(layer: Layer, form: str, tensors: Sequence[Any], transposed: bool) ->
     unit = ALIGNMENT // layer.operand.itemsize
     begin = [0] if form == "pairs" else [each.start for each in layer.products]
     return (
-        all(_describable(tensor, layer.operand) for tensor in tensors)
+        all(describable(tensor, layer.operand) for tensor in tensors)
         and all(each.step == step for each in layer.products)
         and not (transposed and any(start % unit for start in begin))
     )
@@ -243,7 +257,7 @@ def _form(layer: Layer, weights: Params) -> str:
     return "apart"
 
 
-def _two(columns: tuple[Columns, ...]) -> tuple[Columns, Columns]:
+def two(columns: tuple[Columns, ...]) -> tuple[Columns, Columns]:
     """The first and the last; the kernel reads the second only where there are two."""
     if not columns:
         return Columns(0, 0, 0), Columns(0, 0, 0)
@@ -252,7 +266,7 @@ def _two(columns: tuple[Columns, ...]) -> tuple[Columns, Columns]:
 
 def columns(layer: Layer) -> list[int]:
     """Start and step of both products and both biases."""
-    return [number for each in (*_two(layer.products), *_two(layer.biases)) for number in (each.start, each.step)]
+    return [number for each in (*two(layer.products), *two(layer.biases)) for number in (each.start, each.step)]
 
 
 def strides_of(slot: Any, tensor: Any, turned: bool = False) -> tuple[int, int, int]:
@@ -265,7 +279,7 @@ def biases_of(layer: Layer, biases: Params) -> tuple[tuple[Any, Any], tuple[int,
     """Up to two stacked biases [E, O] with their strides; those of a list are stacked, which is small beside any weight."""
     if not layer.biases:
         return (None, None), (0, 0)
-    own = [_stacked(biases, each.of) for each in _two(layer.biases)]
+    own = [_stacked(biases, each.of) for each in two(layer.biases)]
     return (own[0], own[1]), (own[0].stride(0), own[1].stride(0))
 
 
@@ -301,7 +315,7 @@ ADDRESSES = 64  # of one launch
 
 
 # ---------------------------------------------------------------- descriptors
-def _describable(tensor: Any, dtype: torch.dtype) -> bool:
+def describable(tensor: Any, dtype: torch.dtype) -> bool:
     """Can a tensor memory access descriptor of the rows' dtype stand for it?"""
     if tensor.dtype != dtype or not _has_descriptors(tensor.device) or tensor.numel() == 0:
         return False
@@ -310,7 +324,7 @@ def _describable(tensor: Any, dtype: torch.dtype) -> bool:
     return bool(aligned and tensor.stride(-1) == 1)
 
 
-def _descriptor(tensor: Any, block: list[int]) -> Any:
+def descriptor(tensor: Any, block: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)

@@ -36,11 +36,12 @@ class Reversed(NamedTuple):
 def unfit(layers: Sequence[Layer], program: Program) -> str | None:
     """Why a program has no backward here."""
     text, stops = program.text, any(step.op == "stop" for step in program.steps)
-    if len(layers) != 2 or not layers[0].products or not _plain(layers[1], program) or stops:
+    if sum(bool(layer.products) for layer in layers) != 2 or not _plain(layers[-1], program) or stops:
         return f"the backward takes two layers of products, the last with a bias at most, and no stop; {text!r} is not of that form"
-    for at, bias in enumerate(layers[0].biases):
-        readers = [op for op in layers[0].body if f"b{at}" in op.args]
-        if len(readers) != 1 or readers[0].function != "add" or _added_to(layers[0], readers[0].args, bias) is None:
+    hidden = layers[-2]
+    for at, bias in enumerate(hidden.biases):
+        readers = [op for op in hidden.body if f"b{at}" in op.args]
+        if len(readers) != 1 or readers[0].function != "add" or _added_to(hidden, readers[0].args, bias) is None:
             return f"the backward takes biases that are added to their product and read nowhere else, in {text!r}"
     return None
 
@@ -68,15 +69,15 @@ def _added_to(layer: Layer, args: tuple[str, ...], bias: Columns) -> Columns | N
 
 def saved_products(call: Call, layers: Sequence[Layer], saved: Sequence[Any], kept: Sequence[int], plan: Plan) -> dict[int, Any]:
     """z by weight number: what the forward saved, and the rest computed again."""
-    read = {each.of for each in layers[0].products}
+    hidden = layers[-2]
+    read = {each.of for each in hidden.products}
     given = {call.program.steps[step].attrs[0]: tensor for step, tensor in zip(kept, saved, strict=True)}
     found = {j: tensor for j, tensor in given.items() if j in read}
     missing = sorted(read - found.keys())
     if missing:
-        found |= {j: new_product(call, layers[0], j) for j in missing}
-        route_w = None if call.topk_weights is None else call.topk_weights.contiguous()
+        found |= {j: new_product(call, hidden, j) for j in missing}
         again = Saves({j: found[j] for j in missing}, call.offsets)
-        launch.run((layers[0],), call.x.contiguous(), route_w, call.weights, call.biases, call.top_k, plan, again)
+        launch.run(tuple(layers[:-1]), call.x.contiguous(), _route_w(call), call.weights, call.biases, call.top_k, plan, again)
     return found
 
 
@@ -88,7 +89,8 @@ def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, An
     """Gradients in call.parameters() order; grad [T, O] of the sum over slots, or [N, O] of each."""
     grads = empty_grads(call, needs)
     split, num_weights = 2 + len(call.weights.tensors), len(call.weights.tensors)
-    hidden, last = layers
+    hidden, last = layers[-2:]
+    changes = layers[0] if len(layers) > 2 else None
     grad, share = grad.contiguous(), call.top_k if call.combined else 1
     found = _reverse(call, hidden, last, grad, share, z, plan, wants_h=any(needs[2:split]))
     if found.dscale is not None and last.biases:
@@ -103,17 +105,38 @@ def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, An
     x_TH = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
     weight_grads = grads[2:split]
     if found.h is not None:
+        read = (x_TH, call.top_k) if changes is None else (launch.spread(x_TH, plan, call.top_k, changes, _route_w(call)), 0)
         _weight(call, last, last.products[0].of, (found.h, 0), (grad, share), weight_grads, plan)
         for j, dz in found.dz.items():
-            _weight(call, hidden, j, (x_TH, call.top_k), (dz, 0), weight_grads, plan)
+            _weight(call, hidden, j, read, (dz, 0), weight_grads, plan)
     bias_grads, wanted = grads[2 + num_weights :], needs[2 + num_weights :]
     for j in {each.of for each in hidden.biases}:
         _bias(call, j, (_rows_of_bias(hidden, j, found.dz), 0), None, bias_grads, wanted, plan)
     for each in last.biases:
         _bias(call, each.of, (grad, share), _scale(call), bias_grads, wanted, plan)
-    if needs[0]:
-        _rows(call, hidden, found.dz, plan, grads[0])
+    if needs[0] or (changes is not None and needs[1]):
+        drows_PH = _rows(call, hidden, found.dz, plan)
+        if changes is None:
+            grads[0].copy_(launch.add_up(drows_PH, plan, None, call.x.shape[0], call.top_k, call.x.dtype))
+        else:
+            _through_changes(call, changes, x_TH, drows_PH, plan, grads, needs)
     return grads
+
+
+def _through_changes(call: Call, changes: Layer, x_TH: Any, drows_PH: Any, plan: Plan, grads: list[Any], needs: Sequence[bool]) -> None:
+    """Gradients of x and w where rows were changed before their product."""
+    dx_TH = grads[0] if needs[0] and grads[0].stride(-1) == 1 else torch.empty_like(x_TH)
+    wants_w = needs[1] and changes.reads_w
+    dw_TK = torch.zeros((x_TH.shape[0], call.top_k), dtype=torch.float32, device=x_TH.device) if wants_w else None
+    launch.unspread(x_TH, drows_PH, plan, changes, _route_w(call), dx_TH, dw_TK)
+    if needs[0] and dx_TH is not grads[0]:
+        grads[0].copy_(dx_TH)
+    if dw_TK is not None:
+        grads[1].add_(dw_TK.to(grads[1].dtype))
+
+
+def _route_w(call: Call) -> Any:
+    return None if call.topk_weights is None else call.topk_weights.contiguous()
 
 
 def _reverse(call: Call, hidden: Layer, last: Layer, grad: Any, share: int, z: Mapping[int, Any], plan: Plan, wants_h: bool) -> Reversed:
@@ -161,14 +184,13 @@ def _to_slots(values_P: Any, plan: Plan, out_TK: Any) -> None:
     out_TK.copy_(torch.where(rows >= 0, found, 0).view(out_TK.shape))
 
 
-def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan, out_TH: Any) -> None:
-    """The gradient of x."""
+def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan) -> Any:
+    """[P, H]: the gradients of the rows that the hidden layer reads."""
     total = None
     for j, each in dz.items():
-        turned = _turned(hidden, j)
-        part = launch.product(turned, each, call.weights, call.x.shape[1], plan)
+        part = launch.product(_turned(hidden, j), each, call.weights, call.x.shape[1], plan)
         total = part if total is None else total.add_(part)
-    out_TH.copy_(launch.add_up(total, plan, None, call.x.shape[0], call.top_k, call.x.dtype))
+    return total
 
 
 def _weight(call: Call, layer: Layer, j: int, rows: tuple[Any, int], grad: tuple[Any, int], grads: Sequence[Any], plan: Plan) -> None:

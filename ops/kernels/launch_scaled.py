@@ -9,7 +9,7 @@ import torch
 from moe_compile.ops.layout import Params
 
 from . import configs_scaled
-from .launch import ALIGNMENT, PRECISION, _describable, _descriptor, _two, biases_of, columns, multiplied, processors, spread, starts_early
+from .launch import ALIGNMENT, PRECISION, biases_of, columns, describable, descriptor, multiplied, processors, spread, starts_early, two
 from .layers import Layer
 from .plan import Plan
 from .quantized import BLOCK, ROWS_TOO, Quantized, check
@@ -85,7 +85,7 @@ def enter(first: Operands, layer: Layer, x_TH: Any, x_scales: Any, changed: Laye
         return Rows(_in_runs(x_TH, first.per, layer.operand, changed, route_w, top_k, plan), None, "none")
     if changed is not None:
         return Rows(spread(x_TH, plan, top_k, changed, route_w), None, "none")
-    if plan.block_rows >= 64 and _describable(x_TH, layer.operand):
+    if plan.block_rows >= 64 and describable(x_TH, layer.operand):
         return Rows(spread(x_TH, plan, top_k), None, "none")
     return Rows(x_TH, None, "none", gather=True)
 
@@ -195,18 +195,18 @@ def _launch(
     device, inner, limit = rows.values.device, rows.values.shape[1], out.values.shape[1]
     run_of = t.depth // own.per
     b, b_strides = biases_of(layer, biases)
-    described = not rows.gather and _describable(rows.values, rows.values.dtype)
+    described = not rows.gather and describable(rows.values, rows.values.dtype)
     runs = follows.per if follows is not None else 1
-    stored = runs == 1 and _describable(out.values, out.values.dtype)
+    stored = runs == 1 and describable(out.values, out.values.dtype)
     boxed = _boxed(layer, own)
     early = t.early and starts_early(device)
     form = "twin" if t.half and own.form == "one" else own.form
     num_tiles = -(-limit // (2 * t.cols if form == "twin" else t.cols))
     programs = processors(device) if t.persistent else out.values.shape[0] // plan.block_rows * num_tiles
     wide = t.cols * (2 if own.form == "pairs" else 1)
-    a = _descriptor(rows.values, [t.rows, t.depth]) if described else rows.values
+    a = descriptor(rows.values, [t.rows, t.depth]) if described else rows.values
     w = [_box(own, value, wide, run_of) for value in own.values] if boxed else own.values
-    to = _descriptor(out.values, [t.rows, t.cols]) if stored else out.values
+    to = descriptor(out.values, [t.rows, t.cols]) if stored else out.values
     scaled_kernel[(programs,)](
         a, rows.scales, *w, *own.scales, *b, route_w if layer.reads_w else plan.slots, to, out.scales, plan.slots, plan.blocks,
         plan.num_blocks, inner, own.units, own.steps, layer.width, limit, num_tiles, programs,
@@ -241,20 +241,20 @@ def _boxed(layer: Layer, own: Operands) -> bool:
     unit = ALIGNMENT // own.values[0].element_size()
     begin = [0] if own.form == "pairs" else [each.start for each in layer.products]
     return (
-        all(_describable(value, value.dtype) for value in own.values)
+        all(describable(value, value.dtype) for value in own.values)
         and all(each.step == step for each in layer.products)
         and not (own.transposed and any(start % unit for start in begin))
     )
 
 
 def _box(own: Operands, value: Any, wide: int, units: int) -> Any:
-    return _descriptor(value, [1, units, wide] if own.transposed else [1, wide, units])
+    return descriptor(value, [1, units, wide] if own.transposed else [1, wide, units])
 
 
 # ---------------------------------------------------------------- weights
 def operands_of(layer: Layer, weights: list[Quantized]) -> Operands:
     """Where the layer's weights and scales lie."""
-    first, second = (weights[each.of] for each in _two(layer.products))
+    first, second = (weights[each.of] for each in two(layer.products))
     for name, q in (("first", first), ("second", second)):
         check(q, f"{name} weight of a layer")
     if (first.kind, first.axes, first.fan[0], first.grouped) != (second.kind, second.axes, second.fan[0], second.grouped):

@@ -52,3 +52,34 @@ def sum_kernel(
             value = tl.where(row >= 0, tl.load(weights + t * stride_w + k).to(tl.float32), 0.0) * value
         total += value
     tl.store(out + t * WIDTH + cols, total.to(out.dtype.element_ty), mask=cols < WIDTH)
+
+
+@triton.jit
+def unspread_kernel(
+    x, drows, rows, route_w, dx, dw, H, stride_x, stride_dx, K: tl.constexpr, KP: tl.constexpr, ADJOINT: tl.constexpr,
+    READS_W: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Backward of spread_kernel with an epilogue: dx[t] and dw[t, k] from the gradients of the rows that t was written to. Grid (T,).
+
+    x [T, H], drows [P, H], rows int32 [T, K], route_w, dw (float32, or None) [T, K], dx [T, H]. Sums in float32, in the order of k.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, KP)
+    per_slot = tl.zeros([KP], tl.float32)
+    for first in tl.range(0, H, BLOCK):
+        cols = first + tl.arange(0, BLOCK)
+        value = tl.load(x + t * stride_x + cols, mask=cols < H, other=0.0).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(K):
+            row = tl.load(rows + t * K + k).to(tl.int64)
+            used = (cols < H) & (row >= 0)
+            g = tl.load(drows + row * H + cols, mask=used, other=0.0).to(tl.float32)
+            w = value
+            if READS_W:
+                w = tl.load(route_w + t * K + k).to(tl.float32) + tl.zeros([BLOCK], tl.float32)
+            _, dvalue, _, per_column = ADJOINT(value, value, value, value, w, g)
+            total += tl.where(used, dvalue, 0.0)
+            per_slot += tl.where(slot == k, tl.sum(tl.where(used, per_column, 0.0)), 0.0)
+        tl.store(dx + t * stride_dx + cols, total.to(dx.dtype.element_ty), mask=cols < H)
+    if dw is not None:
+        tl.store(dw + t * K + slot, per_slot, mask=slot < K)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import _parted, _pick, biases_of, matrix, tile_columns
+from .grouped_gemm import biases_of, dot, matrix, parted, pick, tile_columns
 from .scaled_rows import e4m3, in_runs
 from .unpack import numbers
 
@@ -59,16 +59,6 @@ def _row_tile(a, at, row0, k, IN, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl
         else:
             tile = tl.load(at + ks[None, :], mask=ks[None, :] < IN, other=0.0)
     return tile
-
-
-@triton.jit
-def _dot(rows, weights, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [BM, N] (SWAP: [N, BM]) += rows [BM, BK] @ weights [N, BK].T"""
-    if SWAP:
-        acc = tl.dot(weights, rows.T, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(rows, weights.T, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -133,10 +123,10 @@ def _step(
     """acc with the sum of a step's inputs."""
     w = numbers(units, w_scales, KIND, PER, DTYPE, ASSEMBLY)
     if (KIND == "fp8") | (W_SCALES == "step") | (A_SCALES == "step"):
-        part = _dot(x, w, tl.zeros(acc.shape, tl.float32), SWAP, PRECISION)
+        part = dot(x, w, tl.zeros(acc.shape, tl.float32), SWAP, PRECISION)
         acc = _scaled(part, acc, w_scales, a_scales, W_SCALES, A_SCALES, SWAP)
     else:
-        acc = _dot(x, w, acc, SWAP, PRECISION)
+        acc = dot(x, w, acc, SWAP, PRECISION)
     return acc
 
 
@@ -198,7 +188,7 @@ def _products(
     if TWO:
         more = _scaled_once(more, scales1, wide1, so1, W_SCALES, SWAP)
     if FORM == "pairs":
-        p0, p1 = _parted(acc, BM, BN, FORM, SWAP)
+        p0, p1 = parted(acc, BM, BN, FORM, SWAP)
     else:
         p0 = acc.T if SWAP else acc
         p1 = p0
@@ -302,7 +292,7 @@ def scaled_kernel(
     count = tl.load(num_blocks)
     if PERSISTENT:
         for t in tl.range(tl.program_id(0), count * num_tiles, programs, flatten=True):
-            block, n = _pick(t, count, num_tiles, GROUP)
+            block, n = pick(t, count, num_tiles, GROUP)
             _tile(
                 a, a_scales, w0, w1, s0, s1, b0, b1, route_w, out, out_scales, slots, blocks, block, n, IN, UNITS, STEPS, WIDTH, LIMIT,
                 stride_a, stride_out, scale_stride, e0, i0, o0, e1, i1, o1, se0, si0, so0, se1, si1, so1, eb0, eb1, START0, STEP0, START1,
@@ -310,7 +300,7 @@ def scaled_kernel(
                 A_FROM, W_FROM, W_TYPE, DTYPE, FORM, TRANSPOSED, SWAP, EVEN, PRECISION, ASSEMBLY, OUT, RUNS, STORE, BM, BN, BK,
             )  # fmt: skip
     elif tl.program_id(0) < count * num_tiles:
-        block, n = _pick(tl.program_id(0), count, num_tiles, GROUP)
+        block, n = pick(tl.program_id(0), count, num_tiles, GROUP)
         _tile(
             a, a_scales, w0, w1, s0, s1, b0, b1, route_w, out, out_scales, slots, blocks, block, n, IN, UNITS, STEPS, WIDTH, LIMIT,
             stride_a, stride_out, scale_stride, e0, i0, o0, e1, i1, o1, se0, si0, so0, se1, si1, so1, eb0, eb1, START0, STEP0, START1,
