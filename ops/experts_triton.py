@@ -159,17 +159,15 @@ def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-KERNELS: dict[str, Any] = {
-    name: _on_its_device(kernel)
-    for name, kernel in {
-        NAME: forward,
-        SORTED: forward_sorted,
-        COMBINED: forward_combined,
-        LOCAL: forward_local,
-        SAVING: forward_saving,
-        BACKWARD: backward,
-        COMBINED_SAVING: forward_combined_saving,
-        COMBINED_BACKWARD: backward,
-    }.items()
+_KERNELS: dict[str, Callable[..., Any]] = {
+    NAME: forward,
+    SORTED: forward_sorted,
+    COMBINED: forward_combined,
+    LOCAL: forward_local,
+    SAVING: forward_saving,
+    BACKWARD: backward,
+    COMBINED_SAVING: forward_combined_saving,
+    COMBINED_BACKWARD: backward,
 }
+KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()}
 PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))
