@@ -58,6 +58,7 @@ class Cases:
 
     def main(self) -> None:
         found, names = {}, sys.argv[1:]
+        whole_numbers_of_one_element()
         for name in names or self.functions:
             try:
                 self.functions[name]()
@@ -67,3 +68,17 @@ class Cases:
                 if names:
                     print(found[name])
         print(json.dumps(found))
+
+
+def whole_numbers_of_one_element() -> None:
+    """Triton 3.6 takes an array of one element for a whole number, say the end of a range; numpy 2.4 refuses, later Tritons squeeze it."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
