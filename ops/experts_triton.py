@@ -136,16 +136,14 @@ def _unfit(problem: registry.Problem) -> str | None:
 def cost(problem: registry.Problem) -> float:
     """Microseconds: launches, the weights of the experts hit at 4 TB/s, 600 TFLOP/s (float32: 150).
 
-    Training is rated behind cuda_grouped_mm, until its kernels have been measured on a GPU.
+    Training, and experts over ranks, are rated behind cuda_grouped_mm until they have been measured on GPUs.
     """
     slots = (problem.tokens or 1024) * problem.top_k
     weights = 3 * problem.hidden * problem.intermediate
-    used = min(problem.num_experts, slots)
-    reads, products = (
-        used * weights * problem.dtype.itemsize / 4e6,
-        slots * 2 * weights / (1.5e8 if problem.dtype == torch.float32 else 6e8),
-    )
-    return (75.0 + 2 * (reads + products)) if problem.training else 15.0 + reads + products
+    reads = min(problem.num_experts, slots) * weights * problem.dtype.itemsize / 4e6
+    products = slots * 2 * weights / (1.5e8 if problem.dtype == torch.float32 else 6e8)
+    measured = not problem.training and problem.world == 1
+    return 15.0 + reads + products if measured else 75.0 + 2 * (reads + products)
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
