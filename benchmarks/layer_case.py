@@ -1,4 +1,5 @@
-"""One MoE layer to measure: its weights, inputs with routing, what is right for them in float32, and the floor of its time."""
+"""One MoE layer to measure: its weights (quantised ones too), inputs with routing, what is right for them in float32, and the floor of its
+time."""
 
 from __future__ import annotations
 
@@ -11,14 +12,18 @@ import torch
 import torch.nn.functional as F
 from ep_layer import Shape, swiglu
 
+from moe_compile.ops.quantized import ROWS_TOO, Quantized, dequantize, dequantize_expert, odd_inputs, quantize_weights
+
 SHAPES = {
     "qwen3": Shape(2048, 768, 128, 8),
     "mixtral": Shape(4096, 14336, 8, 2),
     "gptoss": Shape(2880, 2880, 128, 4),  # with a plain SwiGLU
     "dsv3": Shape(7168, 2048, 256, 8),
     "tiny": Shape(64, 32, 8, 2),
+    "small": Shape(256, 128, 8, 2),  # whole groups of 128 columns
 }
 ROUTINGS = ("uniform", "zipf")
+KINDS = {"fp8": "fp8_block", "mxfp4": "mxfp4", "int8": "int8", "int4": "int4"}  # --quant: a kind of moe_compile's ops/quantized.py
 CHECKED_TOKENS = 64  # held against float32, where there are more
 CHECKED_EXPERTS = 2  # whose weights' gradients are
 CHUNK = 1 << 26  # elements that are drawn in float32 at once
@@ -35,17 +40,20 @@ class Case(NamedTuple):
 
 
 class Layer:
-    """Weights as transformers stacks them: w13 [E, 2I, H] with gate rows before up rows, w2 [E, H, I].
+    """Weights as transformers stacks them: w13 [E, 2I, H] with gate rows before up rows, w2 [E, H, I]; or both quantised to a kind.
 
     `once` keeps what peers make of them.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, train: bool) -> None:
-        self.shape, self.dtype, self.device, self.train = shape, dtype, device, train
-        generator = torch.Generator(device).manual_seed(0)
-        self.w13 = self._normal(generator, shape.experts, 2 * shape.inter, shape.hidden)
-        self.w2 = self._normal(generator, shape.experts, shape.hidden, shape.inter)
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, train: bool, kind: str = "") -> None:
+        self.shape, self.dtype, self.device, self.train, self.kind = shape, dtype, device, train, kind
         self._kept: dict[str, Any] = {}
+        generator = torch.Generator(device).manual_seed(0)
+        sizes = ((shape.experts, 2 * shape.inter, shape.hidden), (shape.experts, shape.hidden, shape.inter))
+        if kind:
+            self.quantized = [self._quantized(generator, *each) for each in sizes]
+        else:
+            self.w13, self.w2 = (self._normal(generator, *each).requires_grad_(train) for each in sizes)
 
     def _normal(self, generator: torch.Generator, *sizes: int) -> Any:
         """Drawn in the device's dtype piece by piece, so that float32 is never there as a whole."""
@@ -54,12 +62,48 @@ class Layer:
         for first in range(0, flat.numel(), CHUNK):
             part = flat[first : first + CHUNK]
             part.copy_(torch.randn(part.numel(), device=self.device, generator=generator) * sizes[-1] ** -0.5)
-        return weight.requires_grad_(self.train)
+        return weight
+
+    def _quantized(self, generator: torch.Generator, *sizes: int) -> Quantized:
+        odd = odd_inputs(self.kind, sizes[-1])
+        if odd is not None:
+            raise SystemExit(f"{odd}; take another --quant or other --shapes")
+        return quantize_weights(self._normal(generator, *sizes), self.kind)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    @property
+    def params(self) -> list[Any]:
+        """As the ops take them: w13, w2, or values and scales of each."""
+        return [tensor for each in self.quantized for tensor in each[:2]] if self.kind else [self.w13, self.w2]
+
+    @property
+    def layout(self) -> str:
+        return f"eoi:{self.kind},eoi:{self.kind}" if self.kind else "eoi,eoi"
+
+    @property
+    def quantises_rows(self) -> bool:
+        return self.kind in ROWS_TOO
+
+    @property
+    def expert_bytes(self) -> float:
+        """Of one expert's weights, scales included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.params) / self.shape.experts
+
+    def expert(self, e: int) -> list[Any]:
+        """w13 and w2 of an expert in float32, without gradient."""
+        if self.kind:
+            return [dequantize_expert(each, e) for each in self.quantized]
+        return [self.w13[e].detach().float(), self.w2[e].detach().float()]
+
+    def dense(self) -> list[Any]:
+        """w13 and w2; of quantised ones a copy in the rows' dtype."""
+        if self.kind:
+            return list(self.once("dense", lambda: [dequantize(each, self.dtype) for each in self.quantized]))
+        return [self.w13, self.w2]
 
     def interleaved(self) -> Any:
         """A copy of w13 whose rows are gate 0, up 0, gate 1, up 1, ..., for peers that want it so."""
@@ -67,6 +111,7 @@ class Layer:
 
 
 def interleave(w13: Any) -> Any:
+    """[E, 2I, ...]"""
     gate, up = w13.chunk(2, dim=1)
     return torch.stack((gate, up), dim=2).view(w13.shape)
 
@@ -129,13 +174,13 @@ class Reference:
         out = torch.zeros_like(x)
         for e in ids.unique().tolist():
             token, slot = torch.where(ids == e)
-            w13, w2 = layer.w13[e].detach().float(), layer.w2[e].detach().float()
+            w13, w2 = layer.expert(e)
             out = out.index_add(0, token, F.linear(swiglu(F.linear(x[token], w13)), w2) * weights[token, slot, None])
         return out
 
     def _weight_gradients(self, layer: Layer, inputs: Inputs, e: int) -> tuple[Any, Any]:
         token, slot = torch.where(inputs.ids == e)
-        w13, w2 = (w[e].detach().float().requires_grad_() for w in (layer.w13, layer.w2))
+        w13, w2 = (w.requires_grad_() for w in layer.expert(e))
         with torch.enable_grad():
             y = F.linear(swiglu(F.linear(inputs.x[token].float(), w13)), w2) * inputs.weights[token, slot, None]
         found: tuple[Any, Any] = torch.autograd.grad(y, [w13, w2], inputs.grad[token].float())
@@ -180,14 +225,20 @@ class Rates:
     bytes: float
 
     @classmethod
-    def measured(cls, dtype: torch.dtype, device: torch.device) -> Rates:
+    def measured(cls, dtype: torch.dtype, device: torch.device, e4m3: bool = False) -> Rates:
+        """e4m3: the product is one of e4m3 with a scale a tensor."""
         if device.type != "cuda":
             return cls(1e11, 1e10)  # no claim: a CPU's run only shows that the script works
         a, b = (torch.randn((8192, 8192), device=device).to(dtype) for _ in range(2))
         source = torch.empty(1 << 31, dtype=torch.uint8, device=device).random_()
         target = torch.empty_like(source)
-        product, copy = _times([lambda: a @ b, lambda: target.copy_(source)])
+        product, copy = _times([_scaled_product(a, b) if e4m3 else lambda: a @ b, lambda: target.copy_(source)])
         return cls(2 * 8192**3 / product, 2 * source.numel() / copy)
+
+
+def _scaled_product(a: Any, b: Any) -> Callable[[], Any]:
+    a, b, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t(), torch.ones((), device=a.device)
+    return lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _times(calls: list[Callable[[], Any]], repeats: int = 10) -> list[float]:
@@ -213,12 +264,12 @@ class Work:
     bytes: float
 
     @classmethod
-    def of(cls, case: Case, sets: list[Inputs], itemsize: int) -> Work:
-        shape = case.shape
+    def of(cls, case: Case, sets: list[Inputs], layer: Layer) -> Work:
+        shape, itemsize = case.shape, layer.dtype.itemsize
         expert = 3 * shape.hidden * shape.inter
         hit = sum(len(each.ids.unique()) for each in sets) / len(sets)
         rows = case.tokens * shape.hidden * itemsize
-        flops, weights, activations = 2.0 * expert * case.tokens * shape.top_k, hit * expert * itemsize, 2.0 * rows
+        flops, weights, activations = 2.0 * expert * case.tokens * shape.top_k, hit * layer.expert_bytes, 2.0 * rows
         if case.train:  # weights are read twice, and every expert's gradient is written
             return cls(3 * flops, 2 * weights + shape.experts * expert * itemsize + 2 * activations)
         return cls(flops, weights + activations)

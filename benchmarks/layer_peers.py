@@ -22,7 +22,8 @@ BATCHED_BYTES = 16 << 30  # of weights that transformers' batched_mm may copy, a
 DENSE_ELEMENTS = 1 << 28  # E * M * I up to which all experts for all tokens are measured
 OURS = "ours"
 LIBRARIES = {
-    "transformers": "transformers", "vllm": "vllm", "triton_kernels": "triton_kernels", "sonic-moe": "sonicmoe", "scattermoe": "scattermoe"
+    "transformers": "transformers", "vllm": "vllm", "triton_kernels": "triton_kernels", "sonic-moe": "sonicmoe", "scattermoe": "scattermoe",
+    "deep_gemm": "deep_gemm",
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def problem_of(layer: Layer, case: Case) -> registry.Problem:
     shape = case.shape
     return registry.Problem(
         "experts", device=layer.device.type, dtype=layer.dtype, hidden=shape.hidden, intermediate=shape.inter, num_experts=shape.experts,
-        top_k=shape.top_k, tokens=case.tokens, program=program_of(case), weight_layout="eoi,eoi", training=case.train,
+        top_k=shape.top_k, tokens=case.tokens, program=program_of(case), weight_layout=layer.layout, training=case.train,
         cuda_graphs=layer.device.type == "cuda" and not case.train, ids_valid=True,
     )  # fmt: skip
 
@@ -70,12 +71,12 @@ def stages(provider: str) -> Maker:
         if why is not None:
             raise Unsupported(why)
         ops, program, shape = torch.ops.moe_compile, program_of(case), case.shape
-        params = [layer.w13, layer.w2]
+        params, layout = layer.params, layer.layout
 
         def call(x: Any, ids: Any, weights: Any) -> Any:
             _, _, order, offsets, _, _ = ops.quantize_dispatch.default(x, ids, shape.experts, "none", "local")
             return ops.permute_experts_combine.default(
-                x, order, offsets, None, params, [], program, "eoi,eoi", "", shape.top_k, weights, x.dtype, provider
+                x, order, offsets, None, params, [], program, layout, "", shape.top_k, weights, x.dtype, provider
             )
 
         return Peer(call, params)
@@ -95,30 +96,30 @@ def in_one(layer: Layer, case: Case) -> Peer:
         raise Unsupported(f"no provider has local_experts for this on {layer.device.type}")
     provider = min(found, key=lambda each: each.cost(problem)).name
     fixed = dict(
-        num_experts=case.shape.experts, topk_weights_TK=None, weights=[layer.w13, layer.w2], biases=[], program=program_of(case),
-        weight_layout="eoi,eoi", bias_layout="", out_dtype=layer.dtype, provider=provider,
+        num_experts=case.shape.experts, topk_weights_TK=None, weights=layer.params, biases=[], program=program_of(case),
+        weight_layout=layer.layout, bias_layout="", out_dtype=layer.dtype, provider=provider,
     )  # fmt: skip
 
     def call(x: Any, ids: Any, weights: Any) -> Any:
         return torch.ops.moe_compile.local_experts.default(x_TH=x, ids_TK=ids, combine_weights_TK=weights, **fixed)
 
-    return Peer(call, [layer.w13, layer.w2], note=provider)
+    return Peer(call, layer.params, note=provider)
 
 
 # ---------------------------------------------------------------- torch
 def by_hand(layer: Layer, case: Case) -> Peer:
-    """What is written by hand today: sort, gather, grouped_mm twice, gather back, one weighted sum."""
-    shape = case.shape
+    """What is written by hand today: sort, gather, grouped_mm twice, gather back, one weighted sum. Of quantised weights on a copy."""
+    shape, (w13, w2) = case.shape, layer.dense()
     experts = torch.arange(shape.experts, device=layer.device)
 
     def call(x: Any, ids: Any, weights: Any) -> Any:
         by_expert, order = ids.flatten().sort()
         offsets = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
-        y = grouped_experts(x[order // shape.top_k], layer.w13, layer.w2, offsets)
+        y = grouped_experts(x[order // shape.top_k], w13, w2, offsets)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         return torch.bmm(weights.to(x.dtype).unsqueeze(1), y[back].view(-1, shape.top_k, shape.hidden)).squeeze(1)
 
-    return Peer(call, [layer.w13, layer.w2])
+    return Peer(call, [w13, w2])
 
 
 def dense(layer: Layer, case: Case) -> Peer:
@@ -172,7 +173,7 @@ def transformers(implementation: str, compiled: str = "") -> Maker:
 # ---------------------------------------------------------------- libraries
 def vllm(layer: Layer, case: Case) -> Peer:
     """fused_experts: vLLM's Triton kernel with the configurations that it ships for this device."""
-    _cuda_forward("vLLM's fused_experts", layer, case, train=False)
+    cuda_forward("vLLM's fused_experts", layer, case, train=False)
     from vllm.model_executor.layers.fused_moe import fused_moe  # type: ignore[import-not-found]
 
     tuned = fused_moe.get_moe_configs(case.shape.experts, case.shape.inter, None) is not None
@@ -180,31 +181,36 @@ def vllm(layer: Layer, case: Case) -> Peer:
     return Peer(lambda x, ids, weights: fused_moe.fused_experts(x, layer.w13, layer.w2, weights, ids), [layer.w13, layer.w2], note=note)
 
 
-def triton_kernels(packed_before: bool) -> Maker:
+def matrices(layer: Layer) -> list[tuple[Any, Any]]:
+    """w13 and w2 as triton_kernels takes them, [E, in, out], and what it wants to know of their precision."""
+    return [(layer.interleaved().transpose(1, 2), None), (layer.w2.transpose(1, 2), None)]
+
+
+def triton_kernels(packed_before: bool, matrices: Callable[[Layer], list[tuple[Any, Any]]] = matrices) -> Maker:
     """OpenAI's matmul_ogs twice. It takes routing as a bit matrix, which its own top-k kernel makes; packed_before: not timed."""
 
     def make(layer: Layer, case: Case) -> Peer:
-        _cuda_forward("triton_kernels", layer, case, train=False)
+        cuda_forward("triton_kernels", layer, case, train=False)
         from layer_triton import plain_swiglu
         from triton_kernels.matmul_ogs import FnSpecs, FusedActivation, matmul_ogs  # type: ignore[import-not-found]
 
         gate = FusedActivation(FnSpecs("plain_swiglu", plain_swiglu, ()), (), 2)
-        w13, w2 = layer.interleaved().transpose(1, 2), layer.w2.transpose(1, 2)
+        (w13, precision13), (w2, precision2) = matrices(layer)
 
         def call(x: Any, ids: Any, weights: Any, *packed: Any) -> Any:
-            routing, gather, scatter = route(packed or _bit_matrix(ids, case), weights, case)
-            h = matmul_ogs(x, w13, None, routing, gather_indx=gather, fused_activation=gate)
-            return matmul_ogs(h, w2, None, routing, scatter_indx=scatter, gammas=routing.gate_scal)
+            routing, gather, scatter = route(packed or bit_matrix(ids, case), weights, case)
+            h = matmul_ogs(x, w13, None, routing, gather_indx=gather, precision_config=precision13, fused_activation=gate)
+            return matmul_ogs(h, w2, None, routing, scatter_indx=scatter, precision_config=precision2, gammas=routing.gate_scal)
 
         def before(x: Any, ids: Any, weights: Any) -> tuple[Any, ...]:
-            return _bit_matrix(ids, case)
+            return bit_matrix(ids, case)
 
-        return Peer(call, [layer.interleaved(), layer.w2], before if packed_before else nothing, uninterleave)
+        return Peer(call, [], before if packed_before else nothing)
 
     return make
 
 
-def _bit_matrix(ids: Any, case: Case) -> tuple[Any, ...]:
+def bit_matrix(ids: Any, case: Case) -> tuple[Any, ...]:
     """What triton_kernels' top-k kernel returns beside the values: ids, their bits, and cleared sums."""
     from layer_triton import pack
 
@@ -228,7 +234,7 @@ def route(packed: tuple[Any, ...], weights: Any, case: Case) -> Any:
 
 def scattermoe(layer: Layer, case: Case) -> Peer:
     """ParallelLinear twice; in a forward its sort is replaced by one that a CUDA graph can hold (its bincount reads back to the host)."""
-    _cuda_forward("ScatterMoE", layer, case, train=True)
+    cuda_forward("ScatterMoE", layer, case, train=True)
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear  # type: ignore[import-not-found]
 
     shape = case.shape
@@ -246,7 +252,7 @@ def sonicmoe(layer: Layer, case: Case) -> Peer:
 
     Its counting kernel runs on the default stream, which no CUDA graph can hold: in a forward, torch counts.
     """
-    _cuda_forward("SonicMoE", layer, case, train=True)
+    cuda_forward("SonicMoE", layer, case, train=True)
     from sonicmoe import functional  # type: ignore[import-not-found]
     from sonicmoe.count_cumsum import count_cumsum  # type: ignore[import-not-found]
     from sonicmoe.enums import ActivationType  # type: ignore[import-not-found]
@@ -271,7 +277,7 @@ def sonicmoe(layer: Layer, case: Case) -> Peer:
     return Peer(call, [w13, w2], standard=uninterleave)
 
 
-def _cuda_forward(name: str, layer: Layer, case: Case, train: bool) -> None:
+def cuda_forward(name: str, layer: Layer, case: Case, train: bool) -> None:
     """Raises Unsupported where a library needs a GPU, or has no backward."""
     if layer.device.type != "cuda":
         raise Unsupported(f"{name} runs on cuda, device is {layer.device.type}")
@@ -280,10 +286,14 @@ def _cuda_forward(name: str, layer: Layer, case: Case, train: bool) -> None:
 
 
 # ---------------------------------------------------------------- all of them
-def makers(device: str) -> dict[str, Maker]:
+def makers(quant: str = "") -> dict[str, Maker]:
     """By name, in the order of tables. Ours are those whose name begins so."""
     found: dict[str, Maker] = {OURS: in_one}
     found |= {f"{OURS} {provider.name}": stages(provider.name) for provider in registry.providers("experts")}
+    if quant:
+        import layer_quantized
+
+        return found | layer_quantized.MAKERS
     return found | {
         "vLLM": vllm,
         "triton_kernels": triton_kernels(packed_before=False),

@@ -1,7 +1,8 @@
-"""Table and roofline picture of what benchmarks/moe_layer.py wrote: python benchmarks/layer_plot.py results/NAME.csv
+"""Table and picture of what benchmarks/moe_layer.py wrote: python benchmarks/layer_plot.py results/NAME.csv [MORE.csv ...]
 
-Writes NAME.md and NAME.png beside NAME.csv. The picture needs matplotlib (`pip install moe_compile[bench]`); without it only the table is
-written. Needs no torch. Only times of one session (one machine, not restarted) are compared with each other.
+Adds the rows of MORE.csv to NAME.csv, and writes NAME.md and NAME.png beside it. The picture needs matplotlib (`pip install
+moe_compile[bench]`); without it only the table is written. Needs no torch. Only times of one session (one machine, not restarted) are
+compared with each other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ class Point:
         self.first = rows[0]
 
     def times(self, ours: bool) -> list[tuple[float, str]]:
-        """(microseconds, peer) of right results, ours or all others."""
-        right = [row for row in self.rows.values() if row["us"] and row["ok"] == "True"]
-        return sorted((float(row["us"]), row["peer"]) for row in right if (row["peer"].split()[0] == OURS) == ours)
+        """(microseconds, peer) of right results, ours or all others. Ours is what a user gets: OURS, whose provider is chosen by estimate,
+        where it was measured; else our stages by each provider."""
+        timed = [row for row in self.rows.values() if row["us"] and (row["peer"].split()[0] == OURS) == ours]
+        if ours and self.rows.get(OURS, {}).get("us"):
+            timed = [self.rows[OURS]]
+        return sorted((float(row["us"]), row["peer"]) for row in timed if row["ok"] == "True")
 
     @property
     def floor(self) -> float:
@@ -48,6 +52,11 @@ class Point:
     @property
     def label(self) -> str:
         return f"{self.first['tokens']} {self.first['routing']}"
+
+    @property
+    def shape(self) -> str:
+        """With the kind of its weights where they are quantised."""
+        return " ".join((self.first["shape"], *self.first["dtype"].split(" x ")[1:]))
 
 
 def points(rows: list[Row]) -> dict[tuple[str, ...], Point]:
@@ -83,8 +92,8 @@ def _header(rows: list[Row]) -> list[str]:
     return [
         *lines,
         f"Microseconds, from ids to the combined output, L2 cache overwritten and other inputs before each sample. {ways} Floor: the "
-        "larger of operations and bytes (weights of the experts hit, activations once) at the rates above. Errors against float32; WRONG "
-        "if over the limit.", "",
+        "larger of operations and bytes (weights of the experts hit, activations once) at the rates above. Errors against float32 (of "
+        "quantised weights: with those that they stand for); WRONG if over the limit.", "",
     ]  # fmt: skip
 
 
@@ -96,24 +105,24 @@ def _short(found: dict[tuple[str, ...], Point]) -> list[str]:
     for point in found.values():
         mine, others = point.times(True), point.times(False)
         lines.append(
-            f"| {point.first['mode']} | {point.first['shape']} | {point.label} | {_number(point.floor)} | {_best(mine, point.floor)} | "
+            f"| {point.first['mode']} | {point.shape} | {point.label} | {_number(point.floor)} | {_best(mine, point.floor)} | "
             f"{_best(others, point.floor)} | {_times(point.gain)} |"
         )
     return [*lines, "", *_means(found), ""]
 
 
 def _means(found: dict[tuple[str, ...], Point]) -> list[str]:
-    """Geometric means by mode and shape, and of all shapes."""
+    """Geometric means by mode, dtype and shape, and of all shapes."""
     lines = []
-    for mode in distinct(case[1] for case in found):
-        gains = {case: point.gain for case, point in found.items() if case[1] == mode and point.gain is not None}
+    for mode, dtype in dict.fromkeys(case[1:3] for case in found):
+        gains = {case: point.gain for case, point in found.items() if case[1:3] == (mode, dtype) and point.gain is not None}
         shapes = distinct(case[3] for case in gains)
         parts = [f"{shape} {_mean(gain for case, gain in gains.items() if case[3] == shape and gain)}" for shape in shapes]
         if gains:
             least, case = min((gain, case) for case, gain in gains.items() if gain)
             whole = _mean(gain for gain in gains.values() if gain)
             lines.append(
-                f"{mode}: ours is faster than the best other at each point by {whole} (geometric mean of {len(gains)}; "
+                f"{mode}, {dtype}: ours is faster than the best other at each point by {whole} (geometric mean of {len(gains)}; "
                 f"{', '.join(parts)}), at the least by {least:.2f}x ({' '.join(case[3:])})."
             )
     return lines
@@ -195,81 +204,24 @@ def _by_note(rows: list[Row], timed: bool) -> list[str]:
     return [f"- {peer}: {note}" + (f" ({', '.join(at)})" if len(at) < everywhere[peer] else "") for (peer, note), at in where.items()]
 
 
-# ---------------------------------------------------------------- the picture
-def picture(rows: list[Row], path: Path) -> None:
-    """Rooflines of the last session: a panel for each shape and mode, our best and the best other at every point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = {case: point for case, point in points(rows).items() if case[0] == rows[-1]["session"]}
-    groups = list(dict.fromkeys(case[:4] for case in found))
-    columns = min(2, len(groups))
-    panels: Any
-    figure, panels = pyplot.subplots(
-        -(-len(groups) // columns), columns, figsize=(7 * columns, 5 * -(-len(groups) // columns)), squeeze=False
-    )
-    for panel in panels.flat[len(groups) :]:
-        panel.set_visible(False)
-    for group, panel in zip(groups, panels.flat):
-        _panel(panel, [point for case, point in found.items() if case[:4] == group])
-        panel.set_title(f"{group[3]}, {group[1]}, {group[2]}, {rows[-1]['hardware']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _panel(panel: Any, own: list[Point]) -> None:
-    intensities = [_intensity(point) for point in own]
-    _roof(panel, own[0], min(intensities) / 2, max(intensities) * 2)
-    for ours, color, name, markers in ((True, "black", "ours", "ov"), (False, "C1", "best other", "x+")):
-        for routing, marker in zip(("uniform", "zipf"), markers):
-            marked = [(_intensity(p), _rate(p, p.times(ours)[0][0])) for p in own if p.first["routing"] == routing and p.times(ours)]
-            if marked:
-                panel.scatter(*zip(*marked), marker=marker, color=color, label=f"{name}, {routing}", s=30, alpha=0.7)
-    for point, intensity in zip(own, intensities):
-        if point.first["routing"] == own[0].first["routing"] and (best := point.times(True) or point.times(False)):
-            panel.annotate(
-                point.first["tokens"], (intensity, _rate(point, best[0][0])), textcoords="offset points", xytext=(4, -10), fontsize=7
-            )
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel("operations a byte")
-    panel.set_ylabel("TFLOP/s")
-    panel.grid(True, which="both", alpha=0.25)
-    panel.legend(fontsize=8)
-
-
-def _roof(panel: Any, point: Point, low: float, high: float) -> None:
-    flops, bytes_ = float(point.first["flop_rate"]), float(point.first["byte_rate"])
-    at = [low, min(max(flops / bytes_, low), high), high]
-    panel.plot(at, [min(flops, x * bytes_) / 1e12 for x in at], color="gray", linewidth=1, label="floor")
-
-
-def _intensity(point: Point) -> float:
-    return float(point.first["flops"]) / float(point.first["bytes"])
-
-
-def _rate(point: Point, us: float) -> float:
-    return float(point.first["flops"]) / us / 1e6
-
-
 # ---------------------------------------------------------------- files
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a CSV file (a case's peer is replaced), and writes table and picture of all that is in it then."""
+def results(out: str) -> Path:
+    """The CSV file's path: of a name it is in benchmarks/results."""
+    path = Path(out)
+    return path.with_suffix(".csv") if path.parent != Path(".") else Path(__file__).parent / "results" / f"{path.name}.csv"
+
+
+def add(path: Path, rows: list[dict[str, Any]], key: Sequence[str] = (*CASE, "peer")) -> None:
+    """Adds rows to a CSV file; one with the same key is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    keep = {_key(row): row for row in [*(read(path) if path.exists() else []), *({k: str(v) for k, v in row.items()} for row in rows)]}
+    before = read(path) if path.exists() else []
+    new = [{name: str(value) for name, value in row.items()} for row in rows]
+    keep = {tuple(row[name] for name in key): row for row in [*before, *new]}
     together = list(keep.values())
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(together[-1]))
         writer.writeheader()
         writer.writerows(together)
-    render(path, together)
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return (*(row[key] for key in CASE), row["peer"])
 
 
 def read(path: Path) -> list[Row]:
@@ -277,19 +229,33 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def render(path: Path, rows: list[Row]) -> None:
+def render(path: Path) -> None:
+    """Writes table and picture of all that is in a CSV file."""
+    rows = read(path)
     path.with_suffix(".md").write_text(table(rows))
     try:
-        picture(rows, path.with_suffix(".png"))
+        import matplotlib.pyplot  # noqa: F401
     except ImportError as error:
         print(f"no picture: {error}; pip install moe_compile[bench]")
+        return
+    from layer_picture import picture
+
+    picture(rows, path.with_suffix(".png"))
+
+
+def gather(paths: Sequence[str], key: Sequence[str] = (*CASE, "peer")) -> Path:
+    """Adds the rows of the other files to the first one."""
+    first, *others = map(Path, paths)
+    for other in others:
+        add(first, read(other), key)
+    return first
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit("usage: python benchmarks/layer_plot.py FILE.csv, as benchmarks/moe_layer.py --out writes it")
-    path = Path(sys.argv[1])
-    render(path, read(path))
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python benchmarks/layer_plot.py FILE.csv [MORE.csv ...], as benchmarks/moe_layer.py --out writes them")
+    path = gather(sys.argv[1:])
+    render(path)
     print(f"wrote {path.with_suffix('.md')}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from moe_compile.errors import ParallelError
 from moe_compile.logs import artifact, log, tlparse_listens, warn_once
 from moe_compile.opening import open_exchanges
 from moe_compile.options import Options, split_report
+from moe_compile.quantising import META, kept_fresh
 from moe_compile.report import GraphReport, RewriteReport
 
 
@@ -73,22 +75,22 @@ class Backend:
         """Dynamo's call. Raises what the inner compiler raises for the graph as it was, and NothingRewritten."""
         started = time.perf_counter()
         original = _Snapshot(gm)
-        graph_report = self._rewrite(gm, original)
+        graph_report = self._rewrite(gm, original, example_inputs)
         self._reconsider_flags(gm, graph_report)
         open_exchanges(gm)
-        compiled = self._compile(gm, example_inputs, original, graph_report)
+        compiled = kept_fresh(self._compile(gm, example_inputs, original, graph_report), gm)
         _tell(graph_report)
         if self.report is not None:
             self.report.add(graph_report, time.perf_counter() - started)
         return compiled
 
-    def _rewrite(self, gm: GraphModule, original: _Snapshot) -> GraphReport:
+    def _rewrite(self, gm: GraphModule, original: _Snapshot, inputs: Sequence[Any]) -> GraphReport:
         """Run the passes over `gm` in place; whatever goes wrong in them, `gm` then is what it was."""
         from moe_compile import passes
 
         drawing = _Drawing(gm, wanted=self.report is not None or tlparse_listens())
         try:
-            report = passes.run(gm, self.options)
+            report = passes.run(gm, self.options, inputs)
         except (RestartAnalysis, ParallelError):  # the first: how AOTAutograd and fake tensors ask Dynamo to trace the frame once more
             raise
         except Exception as error:  # noqa: BLE001  a defect of ours must never cost the user the model
@@ -168,13 +170,14 @@ class _Snapshot:
     """The graphs of a module and of the modules nested in it, to put back."""
 
     def __init__(self, gm: GraphModule) -> None:
-        started = time.perf_counter()
+        started, self._root = time.perf_counter(), gm
         self._graphs: list[tuple[GraphModule, Graph]] = [
             (module, _copy(module.graph)) for module in gm.modules() if isinstance(module, GraphModule)
         ]
         self.seconds = time.perf_counter() - started
 
     def restore(self) -> None:
+        self._root.meta.pop(META, None)
         for module, graph in self._graphs:
             module.graph = graph
             module.recompile()
@@ -230,3 +233,14 @@ def _tell(report: GraphReport) -> None:
             warn_once(f"{region.where}: MoE block left as it was: {reason}. moe_compile.explain(model)(*inputs) shows the whole picture.")
     if not report.regions:
         log.info("a graph of %d nodes holds no routing decision; it was left as it was", report.nodes_before)
+
+
+def _formulas_for_kernels() -> None:
+    """This module is imported when Dynamo resolves our name, before it traces: quantised experts of libraries then show their formulas."""
+    if "transformers" in sys.modules:
+        from moe_compile import integrations
+
+        integrations.install()
+
+
+_formulas_for_kernels()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.eval_frame import _optimize as _torch_optimize
 from moe_compile.backend import Backend
 from moe_compile.capture import WithCaptureFlags
 from moe_compile.config import ParallelConfig
+from moe_compile.logs import warn_once
 from moe_compile.options import Options, split_report
 from moe_compile.report import RewriteReport
 
@@ -23,6 +25,7 @@ def compile(
     inner: str | Callable[..., Any] = "inductor",
     parallel: ParallelConfig | None = None,
     validate: str = "auto",
+    quant: str = "none",
     report: RewriteReport | None = None,
     **torch_compile_kwargs: Any,
 ) -> Any:
@@ -30,7 +33,7 @@ def compile(
 
     model: nn.Module (gives the OptimizedModule that torch.compile gives) or function; without it, a decorator.
     inner: what compiles the rewritten graphs: "inductor", another Dynamo backend's name, or a callable.
-    parallel, validate: see ParallelConfig and Options.
+    parallel, validate, quant: see ParallelConfig and Options.
     report: filled with what becomes of each graph, as it is compiled.
     torch_compile_kwargs: torch.compile's fullgraph, dynamic, mode, options, disable and the like; `options` also takes
         this function's keywords (where one is given here with another value than its default, it wins).
@@ -38,7 +41,7 @@ def compile(
     Dynamo's two capture flags are on while this model is compiled and only then; a frame that raises with them is
     compiled without. Raises ValueError or TypeError for options that cannot be meant, and what torch.compile raises.
     """
-    settings: dict[str, Any] = {"inner": inner, "parallel": parallel, "validate": validate}
+    settings: dict[str, Any] = {"inner": inner, "parallel": parallel, "validate": validate, "quant": quant}
     if model is None:
         return functools.partial(compile, **settings, report=report, **torch_compile_kwargs)
     _check_kwargs(torch_compile_kwargs)
@@ -55,6 +58,7 @@ _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(co
 
 def optimize(model: Any, backend: Backend, *, capture_flags: bool = True, **kwargs: Any) -> Any:
     """torch.compile(model, backend=backend, **kwargs), with the capture flags for this model's compilations."""
+    _prepare_quantised(model, backend.report)
     kwargs["nopython"] = kwargs.pop("fullgraph", False)
     context = torch._dynamo.optimize(backend, **kwargs)
     # fullgraph sets the flags by itself, and has nothing to fall back to. A disabled context has no callback.
@@ -62,6 +66,18 @@ def optimize(model: Any, backend: Backend, *, capture_flags: bool = True, **kwar
         parallel = backend.options.parallel
         context.callback = WithCaptureFlags(context.callback, backend.report, over_ranks=parallel is not None and parallel.ep > 1)
     return context(model)
+
+
+def _prepare_quantised(model: Any, report: RewriteReport | None) -> None:
+    """Prepare quantised blocks of other libraries (`moe_compile.integrations`), and say which could not be."""
+    if "transformers" not in sys.modules:
+        return
+    from moe_compile import integrations
+
+    for reason in integrations.prepare(model):
+        warn_once(reason)
+        if report is not None:
+            report.notes.append(reason)
 
 
 def _check_kwargs(kwargs: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ class Options:
     mode: torch.compile's mode, for the inner compiler.
     parallel: how the model is parallel; None is one process.
     validate: when a rewrite is executed against the original: "auto", "always" or "off".
-    quant: quantisation of the dispatched rows; parallel.quant where that is set.
+    quant: "fp8" computes the experts of rewritten blocks in e4m3 in inference: weights are quantised when the graph is compiled, rows in
+        the kernels, and over ranks before they travel (that alone is ParallelConfig.quant).
 
     Raises ValueError or TypeError for a value that cannot be meant.
     """
@@ -41,8 +42,6 @@ class Options:
         _check_parallel(self.parallel)
         if self.inner == "inductor":
             _check_inductor_keys(self.inner_options)
-        if self.parallel is not None and self.parallel.quant != "none":
-            object.__setattr__(self, "quant", self.parallel.quant)
 
     @classmethod
     def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None, **typed: Any) -> Options:

@@ -19,6 +19,8 @@ class RegionReport:
     losers: stage -> provider -> why it was not chosen.
     ranks: how experts and tokens lie over ranks, None on one rank.
     validation: what was executed to check the rewrite, with the largest error. seconds: spent on this region.
+    quant: what `quant` made of the weights, or why nothing; quant_errors: relative errors (root mean square) of "weight 0", ... and, by
+    the loop over experts on random rows, of their "output".
     """
 
     rewritten: bool
@@ -33,6 +35,8 @@ class RegionReport:
     losers: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     validation: str | None = None
     ranks: str | None = None
+    quant: str | None = None
+    quant_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
@@ -49,6 +53,7 @@ class RegionReport:
             ("router", self.router),
             ("validation", self.validation),
             ("ranks", self.ranks),
+            ("quant", self.quant),
             ("nodes", f"{self.nodes_before} -> {self.nodes_after}" if self.rewritten else None),
         ]
         lines = [f"  {name:10s} {text}" for name, text in rows if text]

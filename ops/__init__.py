@@ -23,10 +23,12 @@ from . import (
     experts_cuda,
     experts_reference,
     experts_triton,
+    experts_two_steps,
     grouped,
     inline,
     local_experts,
     quantize_dispatch,
+    quantize_experts,
     registry,
     route,
 )
@@ -44,6 +46,8 @@ OPS = (
     experts_combine.OP,
     grouped.OP,
     local_experts.OP,
+    quantize_experts.OP,
+    quantize_experts.QUANTIZE_OP,
 )
 
 
@@ -75,6 +79,7 @@ __all__ = [
     "experts_cuda",
     "experts_reference",
     "experts_triton",
+    "experts_two_steps",
     "grouped",
     "inline",
     "local",
@@ -86,6 +91,7 @@ __all__ = [
     "pplx",
     "providers",
     "quantize_dispatch",
+    "quantize_experts",
     "register",
     "registry",
     "route",

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from . import combine, experts, registry
+from . import combine, experts, experts_batched, registry
 from ._register import register_op
 from .comm import exchange, payload
+from .layout import quantises_rows
 from .quantize_dispatch import received_slots
 
 NAME = "exchange_experts"
@@ -33,18 +34,43 @@ def run(
 ) -> Any:  # fmt: skip
     own = exchange.exchange_of(comm, parallel, x_TH.device)
     got = own.dispatch_views(x_TH, ids_TK, moved)
-    rows = got.rows if own.setup.quant == "none" else payload.dequantize(got.rows, got.scales, x_TH.dtype)
+    kernels = registry.get("experts", provider).kernels
+    params = weights, biases, program, weight_layout, bias_layout, top_k
+    if own.format == "batched" and experts_batched.NAME in kernels:
+        return _in_place(x_TH, got, own, params, kernels[experts_batched.NAME], combine_weights, out_dtype)
+    as_sent = _taken_as_sent(own, kernels, weight_layout)
+    rows = experts.stand_in(got.rows, x_TH.dtype) if as_sent else _plain(got, own, x_TH.dtype)
     order, offsets = received_slots(got, own, may_read=not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()))
     w, inner = (got.weights[at] if at >= 0 else None for at in (w_at, inner_at))
-    call = experts.prepare(rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k)
-    kernels = registry.get("experts", provider).kernels
+    call = experts.prepare(rows, order, offsets, inner, *params)
     out_dtype = _result_dtype(call, w, combine_weights, out_dtype)
     if experts.SORTED in kernels and own.format == "standard":
-        y, rows = kernels[experts.SORTED](call)
+        y, rows = kernels[experts.SORTED_E4M3](experts.with_e4m3(call, got.rows, got.scales)) if as_sent else kernels[experts.SORTED](call)
         return own.collect_slots(y, rows.view(got.ids.shape), w, got.handle, out_dtype)
-    y_RO = torch.ops.moe_compile.permute_experts_combine(
-        rows, order, offsets, inner, weights, biases, program, weight_layout, bias_layout, top_k, w, out_dtype, provider
-    )
+    y_RO = torch.ops.moe_compile.permute_experts_combine(rows, order, offsets, inner, *params, w, out_dtype, provider)
+    return own.collect(y_RO, got.handle, out_dtype, combine_weights)
+
+
+def _taken_as_sent(own: Any, kernels: Any, weight_layout: str) -> bool:
+    """Do e4m3 rows go straight into products with weights that want them so?"""
+    return own.setup.quant != "none" and own.format == "standard" and experts.SORTED_E4M3 in kernels and quantises_rows(weight_layout)
+
+
+def _plain(got: Any, own: Any, dtype: Any) -> Any:
+    return got.rows if own.setup.quant == "none" else payload.dequantize(got.rows, got.scales, dtype)
+
+
+def _in_place(x_TH: Any, got: Any, own: Any, params: tuple[Any, ...], kernel: Any, combine_weights: Any, out_dtype: Any) -> Any:
+    """Rows of the batched format, computed where they lie."""
+    batch = experts_batched.batch_of(got, own, x_TH.shape[0])
+    as_sent = own.setup.quant != "none" and quantises_rows(params[3])
+    rows = experts.stand_in(got.rows, x_TH.dtype) if as_sent else experts_batched.plain_rows(got, batch, x_TH.dtype)
+    call = experts.prepare_unsorted(rows, batch.counts_E.shape[0], None, *params)
+    call = experts.with_e4m3(call, got.rows, got.scales) if as_sent else call
+    experts_batched.check(call, batch)
+    out_dtype = _result_dtype(call, None, combine_weights, out_dtype)
+    y_RO = kernel(call, batch)
+    y_RO = y_RO.to(out_dtype) if out_dtype.itemsize < y_RO.dtype.itemsize else y_RO  # what travels back
     return own.collect(y_RO, got.handle, out_dtype, combine_weights)
 
 

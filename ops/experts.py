@@ -15,9 +15,10 @@ from . import registry
 from ._register import below_autograd, register_op
 from .evaluate import Needs, reverse_plan
 from .infer import Inputs, Value, infer
-from .layout import Params
+from .layout import Params, quantised
 from .program import Program, parse
 from .quantize_dispatch import counting_sort
+from .quantized import LONGEST_ROW, ROWS_TOO, rounded_rows, stored
 
 NAME = "permute_experts_unpermute"
 ARGS_WITHOUT_PROVIDER = (
@@ -30,10 +31,14 @@ SAVING = NAME + "_saving"
 SAVING_SCHEMA = f"{SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor y_TKO, Tensor[] saved)"
 BACKWARD = NAME + "_backward"
 SORTED = "permute_experts"  # (call) -> (y, int32 [N] the row of each slot in it, -1 for those of no expert)
+SORTED_E4M3 = "permute_experts_e4m3"  # the same of e4m3 rows with call.x_scales
 LOCAL = "local_experts"  # (call without order, ids [T, K], number of experts, out dtype) -> out [T, O]: local_experts.py
 COMBINED = "permute_experts_combine"  # these three: experts_combine.py
 COMBINED_SAVING = COMBINED + "_saving"
 COMBINED_BACKWARD = COMBINED + "_backward"
+REVERSE = COMBINED + "_reverse"  # these three: experts_two_steps.py
+CARRIED = COMBINED + "_carried"
+GRADIENTS = COMBINED + "_gradients"
 BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one
@@ -51,7 +56,8 @@ class Call:
 
     x [T, H]; order int64 [N], slots sorted by expert, slots of no expert last or left out; offsets int32 [E], end of each expert's
     run in order; topk_weights [T, K] or None; values: the type of each step of the program. combined: the slots are
-    summed too, with combine_weights [T, K] or None (experts_combine.py).
+    summed too, with combine_weights [T, K] or None (experts_combine.py). x_scales: float32 [T, ceil(H / 128)] of e4m3 rows, only for
+    providers with a kernel for SORTED_E4M3.
     """
 
     x: Any
@@ -65,6 +71,19 @@ class Call:
     top_k: int
     combined: bool = False
     combine_weights: Any = None
+    x_scales: Any = None
+
+    def rows_seen(self, index: int, rows: Any) -> Any:
+        """Rows as the product of step `index` multiplies them: of weights that ask for it as e4m3, there and back.
+
+        Rows that came through a product have a scale for each 128 columns, as the kernels that made them write.
+        """
+        step = self.program.steps[index]
+        kind = self.weights.slots[step.attrs[0]].kind
+        if kind not in ROWS_TOO:
+            return rows
+        behind = any(_has_product(self.program, arg) for arg in step.args)
+        return rounded_rows(rows, behind or stored(kind) == "fp8_block" or rows.shape[1] > LONGEST_ROW)
 
     @property
     def out_shape(self) -> tuple[Any, Any, Any]:
@@ -86,9 +105,40 @@ class Call:
         return Needs(needs_grad[0], needs_grad[1], weights, biases, self.combined and needs_grad[-1])
 
 
+def _has_product(program: Program, at: int) -> bool:
+    step = program.steps[at]
+    return step.op == "mm" or any(_has_product(program, arg) for arg in step.args)
+
+
+def refuse_gradients(weight_layout: str) -> None:
+    """Raises ValueError where a gradient is wanted through quantised weights."""
+    if quantised(weight_layout):
+        raise ValueError(
+            f"experts with quantised weights (layout {weight_layout!r}) have no gradients; call them under torch.no_grad(), "
+            "or train with weights of a float type"
+        )
+
+
+def unfit_for_training(problem: registry.Problem) -> str | None:
+    """What a provider says of gradients through quantised weights."""
+    if problem.training and quantised(problem.weight_layout):
+        return f"quantised weights (layout {problem.weight_layout!r}) have no gradients"
+    return None
+
+
 def prepare(x: Any, order: Any, offsets: Any, *inputs: Any) -> Call:
     """The call of a stage op's arguments without the provider."""
     return dataclasses.replace(prepare_unsorted(x, offsets.shape[0], *inputs), order=order, offsets=offsets)
+
+
+def with_e4m3(call: Call, rows: Any, scales: Any) -> Call:
+    """The call of stand-in rows with the e4m3 rows [T, H] and scales [T, ceil(H / 128)] that an exchange brought."""
+    return dataclasses.replace(call, x=rows, x_scales=scales)
+
+
+def stand_in(rows: Any, dtype: torch.dtype) -> Any:
+    """Rows of a dtype and of the same shape that take no memory: what a call of e4m3 rows is prepared with."""
+    return torch.empty((), dtype=dtype, device=rows.device).expand(rows.shape)
 
 
 def prepare_unsorted(
@@ -247,6 +297,7 @@ def _autograd(*args: Any) -> Any:
     x, order, offsets, topk_weights, weights, biases, *rest = args
     tensors = (x, order, offsets, topk_weights, *weights, *biases)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors):
+        refuse_gradients(rest[1])
         return _Differentiable.apply(len(weights), tuple(rest), *tensors)
     with below_autograd():
         return OP.overload(*args)

@@ -18,10 +18,10 @@ from . import combine, experts, registry
 from ._register import below_autograd, register_op
 
 NAME = experts.COMBINED
-_ARGS = f"{experts.ARGS_WITHOUT_PROVIDER}, Tensor? combine_weights_TK, ScalarType? out_dtype, str provider"
-SCHEMA = f"{NAME}({_ARGS}) -> Tensor out_TO"
-SAVING_SCHEMA = f"{experts.COMBINED_SAVING}({_ARGS}, bool[] needs_grad) -> (Tensor out_TO, Tensor[] saved)"
-BACKWARD_SCHEMA = f"{experts.COMBINED_BACKWARD}(Tensor grad_TO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
+ARGS = f"{experts.ARGS_WITHOUT_PROVIDER}, Tensor? combine_weights_TK, ScalarType? out_dtype, str provider"
+SCHEMA = f"{NAME}({ARGS}) -> Tensor out_TO"
+SAVING_SCHEMA = f"{experts.COMBINED_SAVING}({ARGS}, bool[] needs_grad) -> (Tensor out_TO, Tensor[] saved)"
+BACKWARD_SCHEMA = f"{experts.COMBINED_BACKWARD}(Tensor grad_TO, Tensor[] saved, {ARGS}, bool[] needs_grad) -> Tensor[]"
 
 
 def prepare(*args: Any) -> tuple[experts.Call, Any]:
@@ -87,7 +87,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.needs = [ctx.needs_input_grad[at] for at in (x, topk_weights, *params, combine_weights)]
         ctx.num_weights, ctx.rest = num_weights, rest
         with below_autograd():
-            out, saved = SAVING_OP.overload(*_arguments(num_weights, rest, tensors), ctx.needs)
+            out, saved = SAVING_OP.overload(*arguments(num_weights, rest, tensors), ctx.needs)
         ctx.num_saved = len(saved)
         ctx.save_for_backward(*saved, *tensors)
         return out
@@ -97,12 +97,12 @@ class _Differentiable(torch.autograd.Function):
         kept = ctx.saved_tensors  # once: checkpointing unpacks each only once
         saved, tensors = kept[: ctx.num_saved], kept[ctx.num_saved :]
         with below_autograd():
-            found = BACKWARD_OP.overload(grad_TO, list(saved), *_arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
+            found = BACKWARD_OP.overload(grad_TO, list(saved), *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
         grads = experts.first_derivatives(found, ctx.needs, tensors)
         return None, None, grads[0], None, None, *grads[1:]
 
 
-def _arguments(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
+def arguments(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> tuple[Any, ...]:
     """The op's arguments again, from its tensors in one row and the others."""
     x, order, offsets, topk_weights, *params, combine_weights = tensors
     *texts, out_dtype, provider = rest
@@ -117,6 +117,11 @@ def _autograd(*args: Any) -> Any:
     if not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)):
         with below_autograd():
             return OP.overload(*args)
+    experts.refuse_gradients(texts[1])
+    from . import experts_two_steps
+
+    if experts_two_steps.takes(provider):
+        return experts_two_steps.apply(len(weights), (*texts, out_dtype, provider), tensors)
     if experts.COMBINED_SAVING in registry.get("experts", provider).kernels:
         return _Differentiable.apply(len(weights), (*texts, out_dtype, provider), *tensors)
     y_TKO = experts.OP.overload(*args[:-3], provider)

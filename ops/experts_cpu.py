@@ -19,7 +19,18 @@ from . import registry
 from .bags import TokenSums
 from .blocks import Block, cut, split
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, NAME, SAVING, Call, empty_grads, empty_saved
+from .experts import (
+    BACKWARD,
+    COMBINED,
+    COMBINED_BACKWARD,
+    COMBINED_SAVING,
+    NAME,
+    SAVING,
+    Call,
+    empty_grads,
+    empty_saved,
+    unfit_for_training,
+)
 from .layout import views
 from .products_cpu import Products, for_weight_gradient
 from .program import Program
@@ -127,7 +138,7 @@ def _forward_mm(
     places = {**(written or {}), **{index: kept[block.start : block.stop] for index, kept in saved.items()}}
 
     def mm(index: int, rows: Any) -> Any:
-        j = call.program.steps[index].attrs[0]
+        j, rows = call.program.steps[index].attrs[0], call.rows_seen(index, rows)
         if index in places:
             return products.into(block, j, rows, places[index])
         return products.forward(block, j, rows)
@@ -277,7 +288,7 @@ def supports(problem: registry.Problem) -> str | None:
         return f"cpu_grouped runs on cpu, device is {problem.device}"
     if problem.format != "standard":
         return f"cpu_grouped takes standard rows, format is {problem.format!r}"
-    return None
+    return unfit_for_training(problem)
 
 
 PROVIDER = registry.register(

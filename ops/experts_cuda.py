@@ -18,10 +18,22 @@ import torch.nn.functional as F
 
 from . import registry
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, COMBINED, COMBINED_BACKWARD, COMBINED_SAVING, NAME, SAVING, SORTED, Call, empty_grads
+from .experts import (
+    BACKWARD,
+    COMBINED,
+    COMBINED_BACKWARD,
+    COMBINED_SAVING,
+    NAME,
+    SAVING,
+    SORTED,
+    Call,
+    empty_grads,
+    unfit_for_training,
+)
 from .infer import product_dtypes
-from .layout import Slot
+from .layout import Slot, quantised
 from .program import parse
+from .quantized import dequantize
 
 ALIGNMENT = 16  # bytes: what torch asks of the strides and pointers of a grouped_mm operand
 
@@ -49,14 +61,14 @@ class Grouped:
 
     def mm(self, index: int, rows: Any) -> Any:
         weight = self.weight(self.call.program.steps[index].attrs[0], rows.dtype)
-        return F.grouped_mm(aligned(rows), weight, offs=self.call.offsets)
+        return F.grouped_mm(aligned(self.call.rows_seen(index, rows)), weight, offs=self.call.offsets)
 
     def weight(self, j: int, dtype: Any) -> Any:
-        """Weight j as one [E, in, out] in the rows' dtype: the parameter itself, or a stack or cast of it."""
+        """Weight j as one [E, in, out] in the rows' dtype: the parameter itself, a stack or cast of it, or its dequantised values."""
         if (j, dtype) not in self.stacks:
-            slot = self.call.weights.slots[j]
+            slot, quantised = self.call.weights.slots[j], self.call.weights.quantized(j)
             own = self.call.weights.tensors[slot.first : slot.first + slot.num]
-            whole = own[0] if slot.stacked else torch.stack(list(own))
+            whole = dequantize(quantised, dtype) if quantised is not None else own[0] if slot.stacked else torch.stack(list(own))
             whole = whole.transpose(1, 2) if slot.axes == "oi" else whole
             self.stacks[j, dtype] = aligned(whole.to(dtype))
         return self.stacks[j, dtype]
@@ -226,7 +238,7 @@ def supports(problem: registry.Problem) -> str | None:
     for name, size in (("hidden", problem.hidden), ("intermediate", problem.intermediate)):
         if size * torch.bfloat16.itemsize % ALIGNMENT:
             return f"grouped_mm needs rows of a multiple of {ALIGNMENT} bytes, {name} size {size} is not a multiple of 8"
-    return supports_device(problem.device)
+    return unfit_for_training(problem) or supports_device(problem.device)
 
 
 def supports_device(device: str) -> str | None:
@@ -238,12 +250,16 @@ def supports_device(device: str) -> str | None:
 
 
 def cost(problem: registry.Problem) -> float:
-    """Microseconds: a dozen launches, the weights at 3 TB/s (copied once more if they are stacked), 400 TFLOP/s."""
+    """Microseconds: a dozen launches, the weights at 3 TB/s (copied once more if they are stacked), 400 TFLOP/s.
+
+    Quantised weights are turned into others of the rows' type first, one expert after the other.
+    """
     slots = (problem.tokens or 1024) * problem.top_k
     used = min(problem.num_experts, slots)
     weights = 3 * problem.hidden * problem.intermediate
     copies = 3 if "*" in problem.weight_layout else 1
-    return 60.0 + used * copies * weights * 2 / 3e6 + slots * 2 * weights / 4e8
+    launches = 60.0 + (100.0 * problem.num_experts if quantised(problem.weight_layout) else 0.0)
+    return launches + used * copies * weights * 2 / 3e6 + slots * 2 * weights / 4e8
 
 
 PROVIDER = registry.register(

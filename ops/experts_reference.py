@@ -9,7 +9,7 @@ import torch
 
 from . import registry
 from .evaluate import Adjoints, Reads, evaluate, reverse, reverse_plan
-from .experts import BACKWARD, NAME, Call, empty_grads
+from .experts import BACKWARD, NAME, Call, empty_grads, unfit_for_training
 from .layout import view
 
 
@@ -49,7 +49,7 @@ def _groups(call: Call) -> list[tuple[int, Any]]:
 
 def _reads(call: Call, expert: int, slots: Any) -> Reads:
     def mm(index: int, rows: Any) -> Any:
-        return rows @ call.weights.of(call.program.steps[index].attrs[0], expert).to(rows.dtype)
+        return call.rows_seen(index, rows) @ call.weights.of(call.program.steps[index].attrs[0], expert).to(rows.dtype)
 
     return Reads(
         lambda: call.x[slots // call.top_k],
@@ -85,7 +85,7 @@ def cost(problem: registry.Problem) -> float:
 def supports(problem: registry.Problem) -> str | None:
     if problem.cuda_graphs and problem.device.startswith("cuda"):
         return "reference reads the experts' counts back to the host, which no CUDA graph can hold"
-    return None
+    return unfit_for_training(problem)
 
 
 PROVIDER = registry.register(registry.Provider("reference", "experts", {NAME: forward, BACKWARD: backward}, cost, supports))

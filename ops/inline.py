@@ -18,6 +18,7 @@ from ._register import register_composite
 from .evaluate import Reads, step_value, tilings
 from .experts_combine import prepare
 from .infer import product_dtypes
+from .layout import quantised
 from .program import parse
 
 NAME = experts.COMBINED + "_inline"
@@ -198,6 +199,8 @@ def supports(problem: registry.Problem) -> str | None:
         return f"inline is torch code for Inductor, the inner compiler is {problem.compiler or 'another'}"
     if problem.world > 1:
         return f"inline is fused with a sum on the same rank, world is {problem.world}"
+    if quantised(problem.weight_layout):
+        return f"inline multiplies weights of a float type, the layout is {problem.weight_layout!r}"
     if problem.tokens == 0:
         return "inline leaves a graph of 0 tokens to others, as Inductor writes kernels that it cannot compile"
     if problem.format != "standard":

@@ -1,4 +1,9 @@
-"""Where an expert's parameters are: text layouts over the op's flat tensor lists, used in place, never stacked."""
+"""Where an expert's parameters are: text layouts over the op's flat tensor lists, used in place, never stacked.
+
+"eio" | "eoi" | "eo"            one tensor with a leading expert dimension
+"io*8" | "oi*8" | "o*8"         one tensor an expert
+"eoi:fp8_block" | "eio:int8"    quantised weights (quantized.py has the kinds): two tensors, values and scales
+"""
 
 from __future__ import annotations
 
@@ -7,39 +12,55 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_LAYOUT = re.compile(r"(?:(e)(io|oi|o)|(io|oi|o)\*(\d+))")
+from .quantized import KINDS, ROWS_TOO, Quantized, check, dequantize_expert
+
+_LAYOUT = re.compile(rf"(?:(e)(io|oi|o)|(io|oi|o)\*(\d+)|(e)(io|oi):({'|'.join(KINDS)}))")
 
 
 class Slot(NamedTuple):
     """One parameter of a layout: tensors[first : first + num] hold it for all experts.
 
-    stacked: one tensor with a leading expert dimension, else one tensor an expert. axes: "io", "oi" or "o".
+    stacked: one tensor with a leading expert dimension, else one tensor an expert. axes: "io", "oi" or "o". kind: of quantised
+    weights, whose two tensors are values and scales.
     """
 
     stacked: bool
     axes: str
     first: int
     num: int
+    kind: str = ""
 
 
 @functools.lru_cache(maxsize=256)
 def parse_layout(text: str) -> tuple[Slot, ...]:
-    """Slots of "eio" | "eoi" | "eo" (one stacked tensor) and "io*8" | "oi*8" | "o*8" (8 tensors), comma separated."""
+    """Slots of a layout's entries, which commas separate."""
     slots: list[Slot] = []
     first = 0
     for entry in text.split(",") if text else []:
         match = _LAYOUT.fullmatch(entry.strip())
         if match is None:
-            raise ValueError(f"layout {text!r}: {entry!r} is none of eio, eoi, eo, io*N, oi*N, o*N")
-        stacked, axes = match[1] is not None, match[2] or match[3]
-        count = 1 if stacked else int(match[4])
-        slots.append(Slot(stacked, axes, first, count))
+            raise ValueError(
+                f"layout {text!r}: {entry!r} is none of eio, eoi, eo, io*N, oi*N, o*N, eio:KIND, eoi:KIND ({', '.join(KINDS)})"
+            )
+        stacked, axes, kind = match[3] is None, match[2] or match[3] or match[6], match[7] or ""
+        count = 2 if kind else 1 if stacked else int(match[4])
+        slots.append(Slot(stacked, axes, first, count, kind))
         first += count
     return tuple(slots)
 
 
+def quantised(layout: str) -> bool:
+    """Has a layout quantised weights?"""
+    return ":" in layout
+
+
+def quantises_rows(layout: str) -> bool:
+    """Do all weights ask for quantised rows?"""
+    return all(slot.kind in ROWS_TOO for slot in parse_layout(layout))
+
+
 class Params:
-    """Weights or biases of all experts: `of(j, e)` is a view [in, out] (or [out]) of the caller's tensors.
+    """Weights or biases of all experts: `of(j, e)` is a view [in, out] (or [out]) of the caller's tensors; of quantised ones a copy.
 
     Raises ValueError if the layout and the tensors do not fit, or an expert dimension is not num_experts.
     """
@@ -53,27 +74,46 @@ class Params:
         wanted = sum(slot.num for slot in self.slots)
         if wanted != len(self.tensors):
             raise ValueError(f"{name} layout {layout!r} describes {wanted} tensors, got {len(self.tensors)}")
-        for slot in self.slots:
+        for j, slot in enumerate(self.slots):
             tensor = self.tensors[slot.first]
+            own = self.quantized(j)
+            if own is not None:
+                check(own, f"{name} {j}")
             experts = tensor.shape[0] if slot.stacked else slot.num
-            if tensor.dim() != slot.stacked + len(slot.axes) or experts != num_experts:
+            if (tensor.dim() != slot.stacked + len(slot.axes) and own is None) or experts != num_experts:
                 raise ValueError(
                     f"{name} layout {layout!r} with {num_experts} experts does not fit a tensor of shape "
                     f"{tuple(tensor.shape)} (entry {slot.axes!r}, {experts} experts)"
                 )
 
     def of(self, j: int, expert: int) -> Any:
-        """Parameter j of an expert: a view, [in, out] for a weight and [out] for a bias."""
-        return view(self.slots[j], self.tensors, expert)
+        """Parameter j of an expert: a view, [in, out] for a weight and [out] for a bias; a quantised one as new float32."""
+        own = self.quantized(j)
+        if own is None:
+            return view(self.slots[j], self.tensors, expert)
+        weight = dequantize_expert(own, expert)
+        return weight.t() if own.axes == "oi" else weight
 
     def all(self, j: int, transposed: bool = False) -> list[Any]:
         """`of(j, e)` for every expert (or its transpose [out, in])."""
-        return views(self.slots[j], self.tensors, transposed)
+        own = self.quantized(j)
+        if own is None:
+            return views(self.slots[j], self.tensors, transposed)
+        weights = [self.of(j, expert) for expert in range(own.experts)]
+        return [weight.t() for weight in weights] if transposed else weights
 
     def fan(self, j: int) -> tuple[Any, Any]:
         """(in, out) of weight j."""
+        own = self.quantized(j)
+        if own is not None:
+            return own.fan
         axes, shape = self.slots[j].axes, self.tensors[self.slots[j].first].shape
         return (shape[-2], shape[-1]) if axes == "io" else (shape[-1], shape[-2])
+
+    def quantized(self, j: int) -> Quantized | None:
+        """Weight j where it is quantised."""
+        slot = self.slots[j]
+        return Quantized(self.tensors[slot.first], self.tensors[slot.first + 1], slot.kind, slot.axes) if slot.kind else None
 
     def first(self, j: int) -> Any:
         """The tensor that tells parameter j's dtype and width."""

@@ -84,8 +84,9 @@ def _over_ranks(x_TH: Any, ids_TK: Any, weights: list[Any], own: Any) -> tuple[A
 def received_slots(got: Any, own: Any, may_read: bool = True) -> tuple[Any, Any]:
     """(order, offsets) of what an exchange `own` brought; may_read: its number of slots may be read back to the host."""
     first, end = local_range(own.setup.num_experts, own.world, own.rank)
-    order, offsets = counting_sort(got.ids, end - first)
-    if may_read and exact(own.setup, got.ids.shape[1], own.rows_known):
+    ids = got.ids if got.ids is not None else exchange.place_ids(got.metadata.counts_E, got.rows.shape[0] // (end - first))
+    order, offsets = sorted_slots(ids, end - first)
+    if may_read and exact(own.setup, ids.shape[1], own.rows_known):
         order = order[: _used_slots(got, offsets, own.setup)].clone()
     return order, offsets
 

@@ -15,13 +15,14 @@ import torch
 from torch.fx import Graph, Node
 
 from .decisions import tensor_of
+from .emit_quantized import dequantised
+from .holders import find_node, holder
 from .lift import Refused
 from .lift.algebra import subst
-from .lift.expr import Expr, Var, alpha, is_const, show
+from .lift.expr import Expr, Var, is_const, show
 from .lift.index import mix
 from .lift.program import Digit, Param
 from .lift.sizes import Size, prod, shape_of, size_of
-from .lift.value import Value, common
 from .region import MoERegion
 from .window import symbolic
 
@@ -31,7 +32,7 @@ POINTWISE: dict[str, Callable[..., Any]] = {
     "log": torch.log, "square": torch.square, "div": torch.div, "maximum": torch.maximum, "minimum": torch.minimum, "where": torch.where,
     "eq": torch.eq, "ne": torch.ne, "lt": torch.lt, "le": torch.le, "gt": torch.gt, "ge": torch.ge, "not": torch.logical_not,
     "idiv": torch.floor_divide, "mod": torch.remainder, "log1p": torch.log1p, "expm1": torch.expm1, "reciprocal": torch.reciprocal,
-    "floor": torch.floor, "sin": torch.sin, "cos": torch.cos,
+    "floor": torch.floor, "exp2": torch.exp2, "sin": torch.sin, "cos": torch.cos,
 }  # fmt: skip
 
 
@@ -83,8 +84,6 @@ class Emitter:
         a = e.args
         if e.op == "load":
             return self._load(e, columns)
-        if e.op in ("add", "mul"):
-            return self._fold(operator.add if e.op == "add" else operator.mul, [self.matrix(x, columns) for x in a])
         if e.op == "cast":
             return self.method("to", self.matrix(a[0], columns), a[1])
         if e.op == "stop":
@@ -96,11 +95,17 @@ class Emitter:
             return self.call(torch.sum, self.matrix(a[1], (a[0],)), 1, True)
         if e.op == "softmax" and tuple(columns) == (a[2],):
             return self.call(torch.softmax, self.matrix(a[1], (a[0],)), 1)
-        if e.op in POINTWISE:
-            return self.call(POINTWISE[e.op], *[self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
         if e.op == "sel":
             raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {show(e)[:80]}")
-        raise Refused(f"no graph code for {show(e)[:80]}")
+        return self.pointwise(e, [self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+
+    def pointwise(self, e: Expr, args: Sequence[Any]) -> Node:
+        """The function of a pointwise expression on nodes and numbers."""
+        if e.op in ("add", "mul"):
+            return self._fold(operator.add if e.op == "add" else operator.mul, list(args))
+        if e.op not in POINTWISE:
+            raise Refused(f"no graph code for {show(e)[:80]}")
+        return self.call(POINTWISE[e.op], *args)
 
     def _only_rows(self, e: Expr) -> None:
         if not e.free <= set(self.rows):
@@ -167,6 +172,10 @@ class Emitter:
         only: the experts of a list that are wanted. instead: holder -> the node of this graph to read in its place; it has `experts`
         experts where it is stacked.
         """
+        if p.format is not None:
+            if instead:
+                raise Refused("quantised experts of a sharded module")
+            return dequantised(self, p, order, only)
         nodes = [self._source(holder(self.region, n), instead or {}) for n in p.leaf.nodes[only]]
         letters = order.replace("e", "") if p.listed else order
         roles = [_role(dim) for dim in p.dims]
@@ -207,60 +216,6 @@ def _flat(idx: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
     """The variables of the flattened index; (i div n, i mod n) over two dimensions is i."""
     whole = mix(*[x for pair in zip(idx, sizes) for x in pair])
     return [] if not idx else list(whole.args[::2]) if whole.op == "mix" else [whole]
-
-
-# ---------------------------------------------------------------- which node holds it
-def holder(region: MoERegion, aten: Node) -> Node:
-    """A Dynamo node whose value (when it had just run) is that of an ATen node."""
-    table = _holders(region)
-    if aten in table:
-        return table[aten]
-    raise Refused(f"no node of the user's graph holds {aten.name}")
-
-
-def _holders(region: MoERegion) -> dict[Node, Node]:
-    cached = region.__dict__.get("_holder_table")
-    if cached is None:
-        cached = {}
-        for n in [*region.inputs, *region.nodes]:
-            a = region.trace.at_def.get(n)
-            if isinstance(a, Node):
-                cached.setdefault(a, n)
-        region.__dict__["_holder_table"] = cached
-    return cached
-
-
-def find_node(region: MoERegion, e: Expr, vs: list[Var], columns: Size) -> Node | None:
-    """A node before the root whose elements, row-major, are e over vs, and that nothing has changed since.
-
-    Of several, one that already has the shape [rows, columns].
-    """
-    sizes = tuple(v.size for v in vs)
-    key, found = alpha(e, vs), None
-    for n in [*region.inputs, *region.nodes]:
-        t = tensor_of(n)
-        if t is None or prod(shape_of(t)) != prod(sizes) or not _unchanged(region, n) or not _holds(region, n, key, sizes):
-            continue
-        if t.dim() == 2 and shape_of(t)[1] == columns:
-            return n
-        found = found or n
-    return found
-
-
-def _unchanged(region: MoERegion, n: Node) -> bool:
-    a = region.trace.at_def.get(n)
-    # what the root accumulates onto is itself again once the old code is gone (rewrite.py checks that it goes)
-    return isinstance(a, Node) and n is not region.root and (region.now.get(n, a) is a or n is region.target)
-
-
-def _holds(region: MoERegion, n: Node, key: Any, sizes: tuple[Size, ...]) -> bool:
-    try:
-        value = region.interp.value(region.trace.at_def[n])
-        flat = Value((tuple(value.vars()),), value.expr)
-        flat = flat.refine(0, common(flat.sizes(0), sizes))
-    except Refused:
-        return False
-    return flat.sizes(0) == tuple(s for s in sizes if s != 1) and alpha(flat.expr, flat.vars()) == key
 
 
 def size_argument(emitter: Emitter, size: Size, sym: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch.fx import GraphModule, Node
 
 from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
-from .lift.expr import Expr, loads
+from .lift.expr import Expr, Leaf, loads
 from .lift.normal import PARTIAL
+from .lift.quantized import NUMBERS
 from .lift.read import NO_WEIGHT, NOTHING_SUMMED
 from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
@@ -45,16 +47,49 @@ class MoERegion:
         self.nodes = [n for n in self.code if not is_size(n)]
 
     @property
+    def scales(self) -> set[Node]:
+        """What holds scales of quantised weights: dequantisation gives them no gradient (emission refuses where one is wanted)."""
+        return self._holding(s.param.leaf for p in self.formula.weights if p.format for s in p.format.scales)
+
+    @property
+    def exponents(self) -> set[Node]:
+        """What holds scales as exponents. Where weights are not looked into, any byte may be one."""
+        found = self._holding(s.param.leaf for p in self.formula.weights if p.format and p.format.kind == "mxfp4" for s in p.format.scales)
+        return set(self.inputs) if self.interp.closed else found | self._dequantised(1, "mxfp4")
+
+    @property
+    def numbers(self) -> set[Node]:
+        """What holds bytes of quantised weights or their scales."""
+        found = self._holding(p.leaf for p in self.formula.weights if p.format)
+        return found | self.exponents | self._dequantised(0, "")
+
+    def _holding(self, leaves: Iterable[Leaf]) -> set[Node]:
+        atens = {a for leaf in leaves for a in leaf.nodes}
+        return {n for n in self.inputs if self.trace.at_def.get(n) in atens}
+
+    def _dequantised(self, argument: int, kind: str) -> set[Node]:
+        """The inputs behind an argument of every dequantize_experts in the user's own code."""
+        made = [n for n in self.nodes if callee(n) == "dequantize_experts" and len(n.args) > argument and kind in str(n.args[2:])]
+        return {_source(n.args[argument]) for n in made}
+
+    @property
     def liveness(self) -> Liveness:
         return Liveness(self.trace, self.nodes, self.inputs, self.now, self.root, self.root_value)
+
+
+def _source(n: Any) -> Any:
+    """What a node is a view of, as far as first arguments tell."""
+    while isinstance(n, Node) and n.op in ("call_function", "call_method") and n.args and isinstance(n.args[0], Node):
+        n = n.args[0]
+    return n
 
 
 # ---------------------------------------------------------------- finding
 class _Search:
     """Visitor of a trace: reads every candidate value, keeps the best formula."""
 
-    def __init__(self, decision: Decision, others: dict[Node, Decision], training: bool):
-        self.decision, self.others, self.training = decision, others, training
+    def __init__(self, decision: Decision, others: dict[Node, Decision], training: bool, closed: bool = False):
+        self.decision, self.others, self.training, self.closed = decision, others, training, closed
         self.interp: Interp | None = None
         self.best: MoERegion | None = None
         self.patience = PATIENCE
@@ -83,7 +118,8 @@ class _Search:
             if n in self.others and isinstance(trace.at_def[n], Node):
                 facts[trace.at_def[n]] = self.others[n].facts
         ids = trace.at_def[self.decision.ids]
-        self.interp = Interp(ids, facts, self.training)
+        self.interp = Interp(ids, facts, self.training, self.closed)
+        self.interp.constant = trace.constant
         self.interp.before = {ids}  # everything else before is an input of the trace, a leaf by itself
         self.after = {ids}
         self._last = trace.tracer.graph._root.next
@@ -150,6 +186,11 @@ def find_region(
     search = _Search(decision, others, _flows(nodes, ambient, training))
     trace = Trace(gm, nodes, inputs, ambient)
     trace.run(search)
+    if search.best is None and any(t.dtype in NUMBERS and t.dim() > 1 for n in inputs if (t := tensor_of(n)) is not None):
+        again = _Search(decision, others, search.training, closed=True)
+        trace = Trace(gm, nodes, inputs, ambient)
+        trace.run(again)
+        search = again if again.best is not None else search
     if search.best is None:
         raise Refused(trace.ended or "; ".join([search.why, *search.reasons()[:2]]))
     _no_hidden_alias(search.best)

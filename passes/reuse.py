@@ -15,6 +15,7 @@ from torch.fx import Node
 from .decisions import Decision, callee, tensor_of
 from .lift.sizes import size_of
 from .liveness import is_assertion
+from .pulled import dequantisation
 from .region import MoERegion
 from .window import CREATORS, Ambient, is_size, symbolic
 
@@ -57,6 +58,7 @@ class _Walk:
         self.recorded, self.d, self.decisions = recorded, d, decisions
         self.table: dict[Node, Node] = {}
         self.taken: set[Node] = set()
+        self.moved: set[Node] = set()
 
     def same(self) -> bool:
         if not self._pair(self.recorded.region.decision.ids, self.d.ids):
@@ -105,7 +107,7 @@ class _Walk:
         if new in self.taken:
             return False
         if old in self.recorded.pulled:
-            if callee(new) not in CREATORS or any(u < self.d.ids for u in new.users) or not self._code(old, new):
+            if not self._movable(new) or not self._code(old, new):
                 return False
         elif (
             old in self.recorded.code
@@ -115,6 +117,14 @@ class _Walk:
             return False
         self._take(old, new)
         return True
+
+    def _movable(self, new: Node) -> bool:
+        """May a node before the decision be run behind it?  What the walk asks for by a chain's end holds for the chain."""
+        if callee(new) in CREATORS and all(not u < self.d.ids for u in new.users):
+            return True
+        if new not in self.moved:
+            self.moved.update(dequantisation(new, self.d.ids.next) or ())
+        return new in self.moved
 
 
 def alike(a: Any, b: Any) -> bool:

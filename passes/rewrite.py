@@ -19,6 +19,7 @@ from .lift import Refused
 from .lift.algebra import add
 from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
+from .quantize import sunk
 from .region import MoERegion
 from .shard import Spread
 from .stages import emit_stages
@@ -37,12 +38,10 @@ class Spliced:
 def weight_layouts(region: MoERegion) -> str:
     """The layout text of the region's weights, as emission will write it (what providers are asked about)."""
     probe = Emitter(Graph(), region, lambda n: n)
-    return ",".join(probe.parameter(p, "eio")[1] for p in region.formula.weights)
+    return ",".join(sunk(probe, *probe.parameter(p, "eio"))[1] for p in region.formula.weights)
 
 
-def splice(
-    graph: Graph, region: MoERegion, providers: dict[str, str], quant: str, at: Remap = lambda n: n, spread: Spread | None = None
-) -> Spliced:
+def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap = lambda n: n, spread: Spread | None = None) -> Spliced:
     """Replace the region in `graph`, where `at` gives the copy of each of the region's nodes.  Raises Refused and leaves it alone.
 
     spread: how it lies over ranks, None for one rank.
@@ -52,7 +51,7 @@ def splice(
     emitter = Emitter(graph, region, at)
     try:
         with graph.inserting_before(root):
-            value = _emit(emitter, providers, quant, spread)
+            value = _emit(emitter, providers, spread)
             written = {region.target} if region.target is not None else set()
             removed = region.liveness.removable(emitter.read | written, at)
             _check_sources(region, emitter.read, set(removed), at)
@@ -101,11 +100,11 @@ def _forget_accumulator(graph: Graph, target: Node, value: Node, added: list[Nod
     return [n for n in added if n is not write]
 
 
-def _emit(em: Emitter, providers: dict[str, str], quant: str, spread: Spread | None) -> Node:
+def _emit(em: Emitter, providers: dict[str, str], spread: Spread | None) -> Node:
     f = em.region.formula
     autocast = _autocast_on(em.region)
     off = em.call(torch.amp.autocast_mode._enter_autocast, *autocast) if autocast else None
-    out = emit_stages(em, providers, quant, spread)
+    out = emit_stages(em, providers, spread)
     if f.rest:
         out = em.method("to", em.call(operator.add, out, em.matrix(add(*f.rest), f.feat)), f.dtype)
     if off is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,6 +20,8 @@ from moe_compile.report import GraphReport, RegionReport
 from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
 from .liveness import Remap
+from .quantize import drop_unread, left_dequantised, rows_as_they_are
+from .quantize_blocks import Block, quantize_blocks
 from .region import NO_EXPERTS, MoERegion, find_region
 from .reuse import Recorded, first_match
 from .rewrite import splice, weight_layouts
@@ -47,15 +51,19 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run(gm: GraphModule, options: Options) -> GraphReport:
-    """Rewrite the MoE blocks of a graph from Dynamo in place; what is not understood stays as it was, with the reason in the report."""
+def run(gm: GraphModule, options: Options, inputs: Sequence[Any] = ()) -> GraphReport:
+    """Rewrite the MoE blocks of a graph from Dynamo in place; what is not understood stays as it was, with the reason in the report.
+
+    inputs: what the graph is compiled with; `quant` reads the weights among them.
+    """
     clock = _Clock()
     report = GraphReport(nodes_before=_count(gm))
     training = torch.is_grad_enabled() and _any_grad(gm)
+    options = _with_fp8_rows(options, training)
     with fresh_table():
         for part in _parts(gm):
             hoist_marks(part)
-            work = _Part(part, options, training, clock)
+            work = _Part(part, options, training, clock, inputs)
             report.regions += work.run()
             report.notes += work.notes
     for part in _parts(gm):
@@ -63,6 +71,14 @@ def run(gm: GraphModule, options: Options) -> GraphReport:
     gm.recompile()
     report.nodes_after, report.seconds = _count(gm), clock.seconds
     return report
+
+
+def _with_fp8_rows(options: Options, training: bool) -> Options:
+    """With quant="fp8" rows travel in e4m3 too, but for training."""
+    parallel = options.parallel
+    if parallel is None or parallel.ep == 1 or options.quant != "fp8" or training:
+        return options
+    return dataclasses.replace(options, parallel=dataclasses.replace(parallel, quant="fp8"))
 
 
 def _parts(gm: GraphModule) -> list[GraphModule]:
@@ -82,15 +98,15 @@ def _any_grad(gm: GraphModule) -> bool:
 class _Part:
     """One graph: its decisions, the state in force at each, and the regions lifted so far."""
 
-    def __init__(self, gm: GraphModule, options: Options, training: bool, clock: _Clock):
-        self.gm, self.options, self.training, self.clock = gm, options, training, clock
+    def __init__(self, gm: GraphModule, options: Options, training: bool, clock: _Clock, inputs: Sequence[Any] = ()):
+        self.gm, self.options, self.training, self.clock, self.inputs = gm, options, training, clock, inputs
         with clock("decisions"):
             self.decisions = decisions(gm.graph)
             self.table = {d.ids: d for d in self.decisions if not written(d, gm.graph)}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
         self.notes: list[str] = []
-        self.spliced: list[tuple[RegionReport, list[Node]]] = []
+        self.spliced: list[Block] = []
 
     def run(self) -> list[RegionReport]:
         entries = []
@@ -103,6 +119,11 @@ class _Part:
                 entries.append(entry)
         if self.spliced:
             self._route()
+            drop_unread(self.gm.graph)
+            self.notes += left_dequantised(self.gm.graph) if self.training else []
+            if self.options.quant == "fp8":
+                with self.clock("quantize"):
+                    quantize_blocks(self.gm, self.spliced, self.inputs, self.training)
             _drop_sizes(self.gm)
             self.gm.graph.lint()
             self.gm.recompile()
@@ -164,7 +185,8 @@ class _Part:
     def _validate(self, region: MoERegion, choice: Choice) -> str:
         old, _ = extract(self.gm, region)
         new, copy = extract(self.gm, region)
-        splice(new.graph, region, {**choice.providers, "comm": "local"}, "none", lambda n: copy[n])
+        splice(new.graph, region, {**choice.providers, "comm": "local"}, lambda n: copy[n])
+        rows_as_they_are(new.graph)
         new.graph.lint()
         new.recompile()
         try:
@@ -176,15 +198,15 @@ class _Part:
 
     def _splice(self, entry: RegionReport, lifted: _Lifted, at: Remap) -> None:
         with self.clock("rewrite"):
-            done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, self.options.quant, at, lifted.spread)
+            done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, at, lifted.spread)
         entry.rewritten, entry.nodes_before, entry.nodes_after = True, done.removed, len(done.added)
-        self.spliced.append((entry, done.added))
+        self.spliced.append(Block(entry, done.added, lifted.choice))
 
     def _route(self) -> None:
         """The routers in front of the blocks, once all blocks are rewritten."""
         with self.clock("router"):
             routings = Routings(self.gm, self.training, self.options.validate != "off")
-            for entry, added in self.spliced:
+            for entry, added, _ in self.spliced:
                 done = routings.run(added)
                 entry.router = done.text
                 if done.added:

@@ -35,25 +35,27 @@ ENDLESS = 1 << 62
 @dataclass(frozen=True)
 class Choice:
     """The provider of each stage, and for the others of a stage why they were not taken; sizes: tokens between which it holds;
-    asked: what the exchange was asked for."""
+    asked: what the exchange was asked for; experts: what the experts' providers were asked for."""
 
     providers: dict[str, str] = field(default_factory=dict)
     losers: dict[str, dict[str, str]] = field(default_factory=dict)
     sizes: tuple[int, int] | None = None
     asked: Problem | None = None
+    experts: Problem | None = None
 
 
 def choose_for(region: MoERegion, weight_layout: str, options: Options, training: bool) -> Choice:
     """The providers of a region. Raises LookupError naming every provider's reason where none supports a stage."""
     problem, parallel = problem_of(region, weight_layout, options, training), options.parallel
     if parallel is None or parallel.ep == 1:
-        return choose(problem)
+        return dataclasses.replace(choose(problem), experts=problem)
     asked = over_ranks(problem, parallel, region)
     inside = region.formula.inner is not None
     comm = choose(asked, ("comm",), parallel.comm, weights_inside=inside)
-    experts = choose(of_one_rank(problem, parallel), ("experts",))
+    local = of_one_rank(problem, parallel)
+    experts = choose(local, ("experts",))
     sizes = _sizes_of_choice(asked, parallel, comm.providers["comm"], problem.tokens, inside)
-    return Choice({**comm.providers, **experts.providers}, {**comm.losers, **experts.losers}, sizes, asked)
+    return Choice({**comm.providers, **experts.providers}, {**comm.losers, **experts.losers}, sizes, asked, local)
 
 
 def _sizes_of_choice(asked: Problem, parallel: ParallelConfig, taken: str, tokens: int | None, inside: bool) -> tuple[int, int] | None:
@@ -131,7 +133,6 @@ def problem_of(region: MoERegion, weight_layout: str, options: Options, training
         tokens=_tokens(region),
         program=f.program,
         weight_layout=weight_layout,
-        quant=options.quant,
         training=training,
         compiler=options.inner if isinstance(options.inner, str) else "",
         cuda_graphs=wants_cuda_graphs(options),
@@ -163,7 +164,7 @@ def ids_valid(region: MoERegion, parallel: ParallelConfig) -> bool:
 def of_one_rank(problem: Problem, parallel: ParallelConfig) -> Problem:
     """What the experts of one rank are asked: its share of the experts, and all ranks' slots shared alike."""
     local = chunk_size(problem.num_experts, parallel.ep)
-    return dataclasses.replace(problem, num_experts=local, quant="none", world=parallel.ep)
+    return dataclasses.replace(problem, num_experts=local, world=parallel.ep)
 
 
 def wants_cuda_graphs(options: Options) -> bool:

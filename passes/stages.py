@@ -19,6 +19,7 @@ from .lift.expr import Expr
 from .lift.index import in_range
 from .lift.program import Param
 from .lift.sizes import prod
+from .quantize import sunk
 from .shard import Spread, is_mark, local_of
 
 Tensors = tuple[list[Node], str]  # a parameter's nodes and their layout
@@ -36,7 +37,7 @@ class Inputs:
     biases: list[Tensors]
 
 
-def emit_stages(em: Emitter, providers: dict[str, str], quant: str, spread: Spread | None) -> Node:
+def emit_stages(em: Emitter, providers: dict[str, str], spread: Spread | None) -> Node:
     """The node of out [T, O], or of the slots' rows [T*K, O] where nobody sums them."""
     f = em.region.formula
     inputs = Inputs(
@@ -44,10 +45,10 @@ def emit_stages(em: Emitter, providers: dict[str, str], quant: str, spread: Spre
         _need(_slots(em, em.matrix(f.ids, f.slots), f.ids)),
         _slots(em, em.matrix(f.weight, f.slots) if f.weight is not None else None, f.weight),
         _slots(em, em.matrix(f.inner, f.slots) if f.inner is not None else None, f.inner),
-        [_frozen_list(em, f"mm{j}", *_parameter(em, p, "eio", spread)) for j, p in enumerate(f.weights)],
+        [_frozen_list(em, f"mm{j}", *sunk(em, *_parameter(em, p, "eio", spread))) for j, p in enumerate(f.weights)],
         [_frozen_list(em, f"b{j}", *_parameter(em, p, "eo", spread)) for j, p in enumerate(f.biases)],
     )
-    return _local(em, inputs, providers, quant) if spread is None else _over_ranks(em, inputs, providers, spread)
+    return _local(em, inputs, providers) if spread is None else _over_ranks(em, inputs, providers, spread)
 
 
 def _need(n: Node | None) -> Node:
@@ -57,9 +58,9 @@ def _need(n: Node | None) -> Node:
 
 
 # ---------------------------------------------------------------- one rank
-def _local(em: Emitter, a: Inputs, providers: dict[str, str], quant: str) -> Node:
+def _local(em: Emitter, a: Inputs, providers: dict[str, str]) -> Node:
     f, ops = em.region.formula, torch.ops.moe_compile
-    sent = em.call(ops.quantize_dispatch.default, a.x, a.ids, f.num_experts, quant, providers["comm"])
+    sent = em.call(ops.quantize_dispatch.default, a.x, a.ids, f.num_experts, "none", providers["comm"])
     sent.meta["ids_in_range"] = in_range(f.ids, f.num_experts)
     order, offsets, handle = (em.call(operator.getitem, sent, i) for i in (2, 3, 4))
     y_TKO = em.call(

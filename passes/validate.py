@@ -38,18 +38,18 @@ def validate(region: MoERegion, old: GraphModule, new: GraphModule, decisions: d
     start, worst, notes = time.perf_counter(), 0.0, []
     generator = torch.Generator().manual_seed(0x5EED)
     inputs = [n for n in region.inputs if callee(n) != "_enter_autocast"]
-    strict = _numel(inputs) <= CHEAP
+    strict, frozen = _numel(inputs) <= CHEAP, {i for i, n in enumerate(inputs) if n in region.scales}
     for routing in ROUTINGS:
         args = [_fresh(n, decisions, region, routing, generator) for n in inputs]
         if strict:
             try:
                 worst = max(
                     worst,
-                    _compare(old, new, [_double(a) for a in args], STRICT, f"{routing}, float64", training, _upcast),
+                    _compare(old, new, [_double(a) for a in args], STRICT, f"{routing}, float64", training, _upcast, frozen),
                 )
             except _NotInDouble as e:
                 strict, notes = False, [f"not in float64: {e}"]
-        native = _compare(old, new, args, _native_limit(region, args), routing, training, contextlib.nullcontext)
+        native = _compare(old, new, args, _native_limit(region, args), routing, training, contextlib.nullcontext, frozen)
         worst = worst if strict else max(worst, native)
     kind = ("outputs and gradients" if training else "outputs") + (" in float64 and the model's dtype" if strict else "")
     ms = (time.perf_counter() - start) * 1e3
@@ -89,11 +89,25 @@ def _fresh(n: Node, decisions: dict[Node, Decision], region: MoERegion, routing:
     if n in decisions:
         return _ids(shape, decisions[n], routing if n is region.decision.ids else "random", g).to(v.device, v.dtype)
     if v.dtype.is_floating_point:
+        if v.dtype.itemsize == 1:
+            return _numbers(shape, v, region.exponents, n, g)
         scale = 1.0 if len(shape) < 2 else max(shape[-1], 1) ** -0.25
         return _noise(torch.Size(shape), v, g).mul_(scale)
     if v.dtype == torch.bool:
         return (torch.rand(shape, generator=g) < 0.5).to(v.device)
+    if n in region.numbers and v.dtype in (torch.int8, torch.uint8):
+        return _numbers(shape, v, region.exponents, n, g)
     return torch.zeros(shape, dtype=v.dtype, device=v.device)
+
+
+def _numbers(shape: list[int], like: torch.Tensor, exponents: set[Node], n: Node, g: torch.Generator) -> torch.Tensor:
+    """Numbers of quantised weights, or exponents of their scales: any byte that is a number, exponents around one."""
+    low, high = (123, 131) if n in exponents or like.dtype == torch.float8_e8m0fnu else (0, 256)
+    count, block = torch.Size(shape).numel(), 1_000_003
+    tile = torch.randint(low, high, (min(count, block),), generator=g, dtype=torch.uint8)
+    tile[tile & 127 == 127] = 0  # NaN in e4m3
+    found = tile.repeat(-(-count // block))[:count] if count > block else tile
+    return found.reshape(shape).view(like.dtype).to(like.device)
 
 
 def _noise(shape: torch.Size, like: torch.Tensor, g: torch.Generator) -> torch.Tensor:
@@ -174,7 +188,7 @@ def _no_autocast() -> Iterator[None]:
 
 
 def _double(a: Any) -> Any:
-    return a.double() if isinstance(a, torch.Tensor) and a.dtype.is_floating_point else a
+    return a.double() if isinstance(a, torch.Tensor) and a.dtype.is_floating_point and a.dtype.itemsize > 1 else a
 
 
 # ---------------------------------------------------------------- running
@@ -185,14 +199,14 @@ def _native_limit(region: MoERegion, args: list) -> float:
     return max(LOOSE.get(t, 0.0) for t in dtypes)
 
 
-def _compare(old: GraphModule, new: GraphModule, args: list, limit: float, what: str, training: bool, mode: Any) -> float:
+def _compare(old: GraphModule, new: GraphModule, args: list, limit: float, what: str, training: bool, mode: Any, frozen: set[int]) -> float:
     try:
-        want = _run(old, args, training, mode)
+        want = _run(old, args, training, mode, frozen)
     except (RuntimeError, NotImplementedError) as e:
         if mode is _upcast:
             raise _NotInDouble(str(e).splitlines()[0][:120]) from e
         raise Mismatch(f"the original does not run on fresh inputs: {str(e).splitlines()[0][:160]}") from e
-    got = _run(new, args, training, mode)
+    got = _run(new, args, training, mode, frozen)
     worst = 0.0
     for name in want:
         error = _error(got[name], want[name], name, what)
@@ -215,9 +229,9 @@ def _error(got: torch.Tensor, want: torch.Tensor, name: str, what: str) -> float
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-def _run(gm: GraphModule, args: list, training: bool, mode: Any) -> dict[str, torch.Tensor]:
-    """Output, and in training the gradients of all inputs, by name."""
-    floats = {i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point}
+def _run(gm: GraphModule, args: list, training: bool, mode: Any, frozen: set[int]) -> dict[str, torch.Tensor]:
+    """Output, and in training the gradients of all inputs but the frozen ones, by name."""
+    floats = {i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point and i not in frozen}
     own = [a.detach().requires_grad_(training and i in floats) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
     with torch.set_grad_enabled(training), mode():
         # in-place ops may not hit a leaf, nor what the next run reads; nobody writes into something as large as the experts' weights

@@ -19,13 +19,16 @@ from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_funct
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .decisions import callee
 from .lift.sizes import size_of
+from .pulled import dequantisation
 
 CREATORS = {"zeros", "ones", "full", "empty", "arange", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
-            "new_full", "new_empty"}  # fmt: skip
+            "new_full", "new_empty", "tensor"}  # fmt: skip
+LARGEST_CONSTANT = 4096  # elements
 CONTEXT = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
 
 
@@ -65,12 +68,16 @@ def collect(first: Node, until: Node | None) -> tuple[list[Node], list[Node]]:
 
 
 def _place(a: Node, first: Node, pulled: dict[Node, None], inputs: dict[Node, None]) -> None:
-    """A constant made before the window that nothing has touched since is computed inside; all else is an input."""
+    """A constant made before the window that nothing has touched since, and a weight dequantised there, is computed inside."""
     if callee(a) in CREATORS and all(not (u < first) for u in a.users):
         for x in a.all_input_nodes:
             if x not in pulled and x not in inputs:
                 inputs[x] = None
         pulled[a] = None
+    elif (made := dequantisation(a, first)) is not None:
+        for n in made:
+            pulled[n] = None
+            inputs.update((x, None) for x in n.all_input_nodes if x.op in ("placeholder", "get_attr"))
     else:
         inputs[a] = None
 
@@ -127,6 +134,15 @@ class Trace:
         """The one ATen node that held n's value when it had just run; None for tuples and numbers."""
         found = self.at_def.get(n)
         return found if isinstance(found, Node) else None
+
+    def constant(self, a: Node) -> torch.Tensor | None:
+        """The elements of a small tensor that the code spells out (a table of numbers), None for any other ATen node."""
+        spelled = a.op == "get_attr" and a in self.owner and callee(self.owner[a]) == "tensor"
+        found = getattr(self.tracer.root, str(a.target), None) if spelled else None
+        if not isinstance(found, torch.Tensor) or isinstance(found, torch._subclasses.FakeTensor) or found.numel() > LARGEST_CONSTANT:
+            return None
+        with _disable_current_modes():
+            return found.detach().cpu()
 
     # ------------------------------------------------------------ running
     def run(self, visit: Callable[[Trace, Node], bool]) -> None:

@@ -18,9 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from moe_compile.ops import experts_combine, local_experts
-from moe_compile.ops.kernels import launch, launch_backward, launch_few, plan
+from moe_compile.ops import experts as stage
+from moe_compile.ops import experts_batched, experts_combine, experts_triton, local_experts
+from moe_compile.ops.comm import exchange
+from moe_compile.ops.kernels import launch, launch_backward, launch_few, launch_scaled, launch_scaled_few, plan
 from moe_compile.ops.quantize_dispatch import counting_sort
+from moe_compile.ops.quantized import scales_dtype, shapes_of, values_dtype
 
 SWIGLU = "mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {j}, 1))"
 SPREAD = "mm(1, silu(cols(mm(0, w * x), 0, {i}, 1)) * cols(mm(0, w * x), {i}, {j}, 1))"
@@ -63,8 +66,8 @@ def pretended() -> Any:
         stack.enter_context(mock.patch.object(plan, "_check_device"))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", side_effect=contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))
-        for module in (launch, launch_backward, launch_few):
-            for name, value in {**types, "starts_early": lambda device: True}.items():
+        for module in (launch, launch_backward, launch_few, launch_scaled, launch_scaled_few):
+            for name, value in {**types, "starts_early": lambda device: True, "on_a_gpu": lambda device: True}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         yield
@@ -88,6 +91,38 @@ def layer(
     experts_combine.BACKWARD_OP.overload(torch.zeros_like(out), saved, *args, needs)
 
 
+def quantised(kind: str, tokens: int, program: str = SWIGLU, hidden: int = 2048, inter: int = 768, experts: int = 16) -> None:
+    """Weights of a kind, top 4."""
+    flat = []
+    for shape in ((experts, 2 * inter, hidden), (experts, hidden, inter)):
+        values, scales = shapes_of(kind, "oi", shape)
+        flat += [torch.zeros(values, dtype=values_dtype(kind)), torch.zeros(scales, dtype=scales_dtype(kind))]
+    x, ids, w = torch.zeros((tokens, hidden), dtype=torch.bfloat16), torch.zeros((tokens, 4), dtype=torch.int64), torch.zeros((tokens, 4))
+    text, layout = program.format(i=inter, j=2 * inter), f"eoi:{kind},eoi:{kind}"
+    local_experts.OP.overload(x, ids, experts, None, flat, [], text, layout, "", w, torch.bfloat16, "triton")
+
+
+def batched(rows: int, capacity: int, sent: torch.dtype = torch.bfloat16, kind: str = "", experts: int = 32) -> None:
+    """rows: that an expert is likely to have. sent: the rows' dtype as they come. kind: of quantised weights."""
+    hidden, inter, counts = 2048, 768, torch.zeros(experts, dtype=torch.int32)
+    weights, layout = [torch.zeros(s, dtype=torch.bfloat16) for s in ((experts, 2 * inter, hidden), (experts, hidden, inter))], "eoi"
+    x, scales = torch.zeros((experts * capacity, hidden), dtype=sent), torch.zeros((experts * capacity, hidden // 128))
+    batch = experts_batched.Batch(counts, capacity, rows * experts, experts * capacity)
+    if sent != torch.bfloat16 and not kind:
+        got = exchange.Received(x, scales, None, [], [], exchange.ExpertTokensMetadata(counts))
+        x = experts_batched.plain_rows(got, batch, torch.bfloat16)
+    if kind:
+        weights = [torch.zeros(s, dtype=torch.float8_e4m3fn) for s in ((experts, 2 * inter, hidden), (experts, hidden, inter))]
+        weights = [each for w in weights for each in (w, torch.zeros((experts, w.shape[1] // 128, w.shape[2] // 128)))]
+        layout = f"eoi:{kind}"
+    as_sent = kind and sent == torch.float8_e4m3fn
+    rows_in = stage.stand_in(x, torch.bfloat16) if as_sent else x
+    text = SWIGLU.format(i=inter, j=2 * inter)
+    call = stage.prepare_unsorted(rows_in, experts, None, weights, [], text, f"{layout},{layout}", "", 1)
+    call = stage.with_e4m3(call, x, scales) if as_sent else call
+    experts_triton.KERNELS[experts_batched.NAME](call, batch)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "one token": lambda: layer(1, 4, 8, 2048, 768),
     "one token, inputs by outputs": lambda: layer(1, 4, 8, 2880, 2880, "eio", PAIRS),
@@ -98,6 +133,15 @@ CASES: dict[str, Callable[[], None]] = {
     "128 rows, pairs": lambda: layer(4096, 2, 8, 2880, 2880, "eio", PAIRS),
     "128 rows, float32": lambda: layer(1024, 2, 8, 256, 128, dtype=torch.float32),
     "odd sizes": lambda: layer(1024, 2, 8, 250, 101),
+    "batched, 16 rows": lambda: batched(2, 128),
+    "batched, 32 rows": lambda: batched(16, 100),
+    "batched, 64 rows": lambda: batched(40, 512),
+    "batched, 128 rows": lambda: batched(128, 512),
+    "batched, less capacity than a block": lambda: batched(2, 8),
+    "batched, e4m3 rows": lambda: batched(2, 128, torch.float8_e4m3fn),
+    "fp8_block_w, 16 rows": lambda: quantised("fp8_block_w", 64),
+    "fp8_block, 64 rows": lambda: quantised("fp8_block", 256),
+    "mxfp4, pairs, 16 rows": lambda: quantised("mxfp4", 16, PAIRS),
     "backward": lambda: layer(4096, 2, 8, 2048, 768, backward=True),
     "backward, weighted rows": lambda: layer(4096, 2, 8, 2048, 768, program=SPREAD, backward=True),
     "backward, pairs, float16": lambda: layer(1024, 2, 8, 256, 128, "eio", PAIRS, torch.float16, backward=True),

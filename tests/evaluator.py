@@ -30,6 +30,7 @@ FUNCTIONS = {
     "sqrt": torch.sqrt, "neg": torch.neg, "softplus": F.softplus, "erf": torch.erf, "abs": torch.abs, "log": torch.log,
     "square": torch.square, "floor": torch.floor, "sin": torch.sin, "cos": torch.cos, "hardswish": F.hardswish,
     "hardsigmoid": F.hardsigmoid, "mish": F.mish, "log1p": torch.log1p, "expm1": torch.expm1, "reciprocal": torch.reciprocal,
+    "exp2": torch.exp2, "e4m3": lambda t: t.to(torch.uint8).view(torch.float8_e4m3fn).double(),
 }  # fmt: skip
 
 

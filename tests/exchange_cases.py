@@ -165,7 +165,10 @@ def first_exchanges(provider: str, seed: int, times: int, **fields: Any) -> None
         exchange.destroy_all()
 
 
-def replayed(provider: str, seed: int, dtype: torch.dtype, hidden: int, routings: Any = ROUTINGS, **fields: Any) -> None:
+def replayed(
+    provider: str, seed: int, dtype: torch.dtype, hidden: int, routings: Any = ROUTINGS, experts_provider: str = "cuda_grouped_mm",
+    **fields: Any,
+) -> None:  # fmt: skip
     """A layer in a CUDA graph, replayed with other tokens and routings."""
     top_k, num_experts, count, world = 2, 8, 6 + dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
@@ -178,11 +181,11 @@ def replayed(provider: str, seed: int, dtype: torch.dtype, hidden: int, routings
     layers = (layer, fused_layer)
     with torch.no_grad():
         for _ in range(2):
-            outs = [each(provider, x, ids, w, own, setup, "cuda_grouped_mm") for each in layers]
+            outs = [each(provider, x, ids, w, own, setup, experts_provider) for each in layers]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outs = [each(provider, x, ids, w, own, setup, "cuda_grouped_mm") for each in layers]
+            outs = [each(provider, x, ids, w, own, setup, experts_provider) for each in layers]
     for turn, routing in enumerate([*routings, *routings]):
         chosen = ids_for(count, top_k, num_experts, routing, g)
         now = torch.randn((count, hidden), generator=g), chosen, torch.rand((count, top_k), generator=g)

@@ -20,7 +20,7 @@ class Model(nn.Module):
         return torch.relu(self.second(torch.relu(self.first(x))))
 
 
-def rewrite_relu(gm, options):
+def rewrite_relu(gm, options, inputs=()):
     """Replace each relu by clamp_min and report it as a rewritten region."""
     report = GraphReport(nodes_before=len(gm.graph.nodes))
     for node in list(gm.graph.nodes):
@@ -37,14 +37,14 @@ def rewrite_relu(gm, options):
     return report
 
 
-def refuse_all(gm, options):
+def refuse_all(gm, options, inputs=()):
     """Find each relu and leave it."""
     found = [node for node in gm.graph.nodes if getattr(node.target, "__name__", node.target) == "relu"]
     regions = [RegionReport(False, "the gate is not a gate", where="model.py:1") for _ in found]
     return GraphReport(regions=regions)
 
 
-def break_after_editing(gm, options):
+def break_after_editing(gm, options, inputs=()):
     """Damage the graph, then fail."""
     rewrite_relu(gm, options)
     for node in reversed(list(gm.graph.nodes)):

@@ -18,7 +18,7 @@ from library_deepep import Buffer, Config
 from library_elastic import ElasticBuffer, EPHandle
 from library_pplx import AllToAll
 
-from moe_compile.ops import payload, quantize_dispatch
+from moe_compile.ops import experts_batched, payload, quantize_dispatch, registry
 from moe_compile.ops.comm import deepep_ht, deepep_ll, deepep_v2, exchange, libraries, library_exchange, pplx
 
 BATCHED = ("deepep_ll", "pplx")
@@ -81,6 +81,45 @@ def layers(provider: str, seed: int, routings: tuple[str, ...], backward: bool, 
         assert not ALIVE
         assert not library_exchange._lent
     return shared
+
+
+def plain(got: Any, batch: experts_batched.Batch, dtype: torch.dtype) -> Any:
+    """The rows, without kernels."""
+    return payload.dequantize(got.rows, got.scales, dtype) if got.scales.numel() else got.rows
+
+
+def rows_in_place(provider: str, quant: str) -> None:
+    """Experts that take the batched format get rows and counts, and their results go back from the same places."""
+    setup = cases.setup_for(512, 2, 8, torch.bfloat16, quant=quant, max_tokens=17, ids_valid=True)
+    shared, g = torch.Generator().manual_seed(7), torch.Generator().manual_seed(dist.get_rank())
+    tokens, local = (5, 17, 0, 1)[dist.get_rank()], 8 // dist.get_world_size()
+    x, w = torch.randn((tokens, 512), generator=g).bfloat16(), torch.rand((tokens, 2), generator=g)
+    ids = cases.ids_for(tokens, 2, 8, "random", g)
+    full = [torch.randn(s, generator=shared) / s[1] ** 0.5 for s in ((8, 512, 8), (8, 8, 512))]
+    mine = [each[dist.get_rank() * local :][:local].bfloat16() for each in full]
+    seen: list[experts_batched.Batch] = []
+
+    def kernel(call: Any, batch: experts_batched.Batch) -> Any:
+        seen.append(batch)
+        y = torch.full((call.x.shape[0], 512), float("nan")).bfloat16()
+        for e, count in enumerate(batch.counts_E.tolist()):
+            at = slice(e * batch.capacity, e * batch.capacity + count)
+            y[at] = (torch.relu(call.x[at].float() @ mine[0][e].float()) @ mine[1][e].float()).bfloat16()
+        return y
+
+    own = registry.Provider("in_place", "experts", {experts_batched.NAME: kernel}, cost=lambda problem: 1.0)
+    with (
+        installed(deep_ep(), pplx_kernels()),
+        mock.patch.object(registry, "get", lambda stage, name, get=registry.get: own if name == "in_place" else get(stage, name)),
+        mock.patch.object(experts_batched, "plain_rows", plain),
+    ):
+        out = cases.fused_layer(provider, x, ids, w, mine, setup, "in_place")
+        exchange.destroy_all()
+    (batch,), sent = seen, sum(len(each) for each in everyone(ids)) * 2
+    assert sum(everyone(int(batch.counts_E.sum()))) == sent
+    assert int(batch.counts_E.sum()) <= batch.most <= local * batch.capacity
+    assert batch.expected == max(1, 2 * tokens)
+    _close(out, cases.reference(x, ids, w, full), 6e-2 if quant == "none" else 0.2, provider)
 
 
 def quantised(provider: str) -> None:

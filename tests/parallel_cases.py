@@ -80,6 +80,29 @@ def sharded_and_whole(name: str, parallel: moe_compile.ParallelConfig, inner: An
     return compiled_of(shard_experts(model, parallel), parallel, inner)[0], whole, kwargs
 
 
+def in_fp8(name: str, axes: dict[str, Any], sharded: bool, inner: str = "eager") -> dict[str, float]:
+    """A zoo model with quant="fp8" over ranks: rows travel in e4m3, experts multiply e4m3. Its errors: of weights, of the logits."""
+    parallel = config(**axes)
+    model, kwargs = ZOO[name]()
+    model = model.to(device())
+    whole = copy.deepcopy(model)
+    if sharded:
+        shard_experts(model, parallel)
+    torch._dynamo.reset()
+    report = moe_compile.RewriteReport()
+    compiled = moe_compile.compile(model, inner=inner, parallel=parallel, report=report, options={"quant": "fp8"})
+    inputs = batch_of(kwargs, data_rank(parallel))
+    with torch.no_grad():
+        got, want = first_tensor(compiled(**inputs)), first_tensor(whole(**inputs))
+    found = {"logits": float((got - want).norm() / want.norm())}
+    for region in report.rewritten:
+        assert region.quant_errors, str(report)
+        found.update(region.quant_errors)
+    assert report.rewritten, str(report)
+    exchange.destroy_all()
+    return found
+
+
 def fused(name: str, axes: dict[str, Any], limit: float = 1e-5) -> None:
     """What passes/fuse.py makes of dispatch, experts and combine over ranks computes the same."""
     from moe_compile.passes.fuse import fuse

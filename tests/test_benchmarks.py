@@ -3,17 +3,23 @@ fails them."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import bench_jobs
 import pytest
+from bench_jobs import FOLDER, Done
+from ranks import Ranks
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
 BROKEN = """
 from moe_compile.ops import registry
 from moe_compile.ops.comm import alltoall
@@ -35,11 +41,21 @@ registry.register(registry.Provider("broken", "comm", kernels, alltoall.cost, al
 TINY = ["--tokens", "1", "5", "--hidden", "256", "--experts", "8", "--top-k", "2", "--repeats", "3"]
 
 
-def torchrun(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """The script on two CPU ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / script), "--cpu", *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+Run = Callable[..., Done]  # (script, *arguments)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Run]:
+    """Runs a benchmark on two CPU ranks that stay."""
+    with Ranks(2) as pair:
+        yield lambda script, *args: pair.run(bench_jobs.on_ranks, script, "--cpu", *args, timeout=300)[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Run]:
+    """Runs a benchmark in one process that stays."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), bench_jobs.quiet_environment) as pool:
+        yield lambda script, *args, **options: pool.submit(bench_jobs.alone, script, *args, **options).result(300)
 
 
 def plot(name: str = "plot") -> Any:
@@ -57,14 +73,14 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def exchanged(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def exchanged(ranks: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     """What benchmarks/exchange.py says and writes, run twice with one file."""
     path = tmp_path_factory.mktemp("exchange") / "x.csv"
-    torchrun("exchange.py", *TINY, "--providers", "raw", "--payloads", "none", "--out", str(path))
-    return torchrun("exchange.py", *TINY, "--providers", "alltoall", "allgather", "deepep_ll", "--out", str(path)), path
+    ranks("exchange", *TINY, "--providers", "raw", "--payloads", "none", "--out", str(path))
+    return ranks("exchange", *TINY, "--providers", "alltoall", "allgather", "deepep_ll", "--out", str(path)), path
 
 
-def test_every_exchange_is_measured_and_right(exchanged: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_every_exchange_is_measured_and_right(exchanged: tuple[Done, Path]) -> None:
     done, path = exchanged
     assert done.returncode == 0, done.stdout + done.stderr
     with path.open(newline="") as file:
@@ -80,9 +96,9 @@ def test_every_exchange_is_measured_and_right(exchanged: tuple[subprocess.Comple
         assert all(float(t) > 0 for t in times) if row["both_us"] else row["note"].startswith("not supported: "), row
 
 
-def test_one_table_and_a_picture_of_several_runs(exchanged: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+def test_one_table_and_a_picture_of_several_runs(exchanged: tuple[Done, Path], alone: Run) -> None:
     _, path = exchanged
-    done = subprocess.run([sys.executable, str(FOLDER / "plot.py"), str(path)], capture_output=True, text=True, check=False)
+    done = alone("plot", str(path))
     assert done.returncode == 0, done.stderr
     text = path.with_suffix(".md").read_text()
     assert text.count("### ") == 4
@@ -93,10 +109,13 @@ def test_one_table_and_a_picture_of_several_runs(exchanged: tuple[subprocess.Com
     assert path.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None), done.stdout
 
 
-def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
+def test_a_wrong_result_fails_the_run_of_torchrun(tmp_path: Path) -> None:
     plugin = tmp_path / "broken.py"
     plugin.write_text(BROKEN)
-    done = torchrun("exchange.py", *TINY, "--providers", "alltoall", "broken", "--payloads", "none", "--plugin", str(plugin))
+    args = [*TINY, "--providers", "alltoall", "broken", "--payloads", "none", "--plugin", str(plugin)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "exchange.py"), "--cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=300, env=env, check=False)
     assert done.returncode != 0
     found = {row[0]: row[7] for row in table_rows(done.stdout)}
     assert found["broken"] == "WRONG", done.stdout + done.stderr
@@ -129,9 +148,9 @@ def test_ratios_are_those_of_one_session_and_wrong_rows_have_none() -> None:
 
 
 @pytest.mark.parametrize("train", [[], ["--train"]])
-def test_a_layer_over_ranks_is_measured(train: list[str]) -> None:
+def test_a_layer_over_ranks_is_measured(ranks: Run, train: list[str]) -> None:
     args = ["--shape", "tiny", "--tokens", "8", "--repeats", "3", "--inner", "eager", "--providers", "alltoall", "allgather", "pplx"]
-    done = torchrun("ep_layer.py", *args, *train)
+    done = ranks("ep_layer", *args, *train)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {row[0]: row for row in table_rows(done.stdout)}
     for path in ("ours alltoall", "ours allgather", "by hand", "transformers"):
@@ -140,8 +159,8 @@ def test_a_layer_over_ranks_is_measured(train: list[str]) -> None:
     assert "pplx runs on CUDA devices" in found["ours pplx"][5]
 
 
-def test_a_model_over_ranks_gives_its_logits() -> None:
-    done = torchrun("ep_model.py", "--tiny", "--providers", "alltoall", "--inner", "eager", "--repeats", "2", "--rivals", "eager")
+def test_a_model_over_ranks_gives_its_logits(ranks: Run) -> None:
+    done = ranks("ep_model", "--tiny", "--providers", "alltoall", "--inner", "eager", "--repeats", "2", "--rivals", "eager")
     assert done.returncode == 0, done.stdout + done.stderr
     found = {row[0]: row for row in table_rows(done.stdout)}
     assert float(found["ours alltoall, float32"][2]) < 1e-5
@@ -153,11 +172,20 @@ def test_a_model_over_ranks_gives_its_logits() -> None:
     assert rival[1] == "-" or float(rival[1]) > 0, rival  # its plan may not run on gloo; the reason stands in the table
 
 
-WRONG_ROW = """
+ENDS = """
 import dataclasses
+import os
+
+import layer_measure
 
 from moe_compile.ops import experts_cpu, registry
 from moe_compile.ops.experts import COMBINED
+
+calls = []
+
+
+def provider(name, kernel):
+    registry.register(dataclasses.replace(experts_cpu.PROVIDER, name=name, kernels={**experts_cpu.PROVIDER.kernels, COMBINED: kernel}))
 
 
 def wrong(call, out_dtype):
@@ -166,45 +194,97 @@ def wrong(call, out_dtype):
     return out
 
 
-kernels = {**experts_cpu.PROVIDER.kernels, COMBINED: wrong}
-registry.register(dataclasses.replace(experts_cpu.PROVIDER, name="wrong", kernels=kernels))
+def aborts(call, out_dtype):
+    os.abort()
+
+
+def faults(call, out_dtype):
+    calls.append(call)
+    if len(calls) > 5:  # two to begin with, three to be checked: then peers take turns
+        layer_measure.works = lambda device: False
+        raise RuntimeError("an illegal memory access")
+    return experts_cpu.PROVIDER.kernels[COMBINED](call, out_dtype)
+
+
+provider("wrong", wrong)
+provider("aborts", aborts)
+provider("faults", faults)
 """
 
 
-def moe_layer(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FOLDER / "moe_layer.py"), "--cpu", "--shapes", "tiny", "--repeats", "3", *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+LAYER = ["moe_layer", "--cpu", "--shapes", "tiny", "--repeats", "3"]
+PEERS = {
+    "--forward": {"transformers grouped_mm", "transformers batched_mm", "hand grouped_mm", "dense bmm"},
+    "--train": {"transformers grouped_mm", "transformers batched_mm", "hand grouped_mm", "dense bmm"},
+    "--quant=fp8": {"hand grouped_mm, dequantised before"},
+    "--quant=mxfp4": {"hand grouped_mm, dequantised before"},
+}
 
 
-@pytest.mark.parametrize("mode", ["forward", "train"])
-def test_a_layer_on_one_device_is_measured_beside_its_peers(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", PEERS)
+def test_a_layer_on_one_device_is_measured_beside_its_peers(alone: Run, mode: str, tmp_path: Path) -> None:
     path = tmp_path / "layer.csv"
-    done = moe_layer(f"--{mode}", "--tokens", "5", "--without", "transformers grouped_mm compiled", "--out", str(path))
+    done = alone(*LAYER, mode, "--tokens", "5", "--without", "transformers grouped_mm compiled", "--out", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["mode"] for row in rows} == {mode}
-    timed = {row["peer"] for row in rows if row["us"]}
-    own = {"ours cpu_grouped", "ours reference"}
-    assert timed >= own | {"transformers grouped_mm", "transformers batched_mm", "hand grouped_mm", "dense bmm"}
+    name, (_, _, kind) = "train" if mode == "--train" else "forward", mode.partition("=")
+    assert {(row["mode"], row["dtype"]) for row in rows} == {(name, f"bfloat16 x {kind}" if kind else "bfloat16")}
+    assert {row["peer"] for row in rows if row["us"]} >= {"ours cpu_grouped", "ours reference"} | PEERS[mode]
     for row in rows:
         assert row["ok"] == "True", row
-        assert (float(row["us"]) > 0 and 0 < float(row["error"]) < 2e-2) if row["us"] else row["note"], row
+        assert (float(row["us"]) > 0 and 0 < float(row["error"]) < (1e-1 if kind == "fp8" else 2e-2)) if row["us"] else row["note"], row
     text = path.with_suffix(".md").read_text()
-    assert [row[2] for row in table_rows(text) if row[0] == mode] == ["5 uniform", "5 zipf"]
+    assert [row[1:3] for row in table_rows(text) if row[0] == name] == [[f"tiny {kind}".strip(), at] for at in ("5 uniform", "5 zipf")]
     assert "- vLLM: vLLM's fused_experts runs on cuda, device is cpu" in text
     assert path.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None), done.stdout
 
 
-def test_a_wrong_layer_fails_the_run(tmp_path: Path) -> None:
-    plugin = tmp_path / "wrong.py"
-    plugin.write_text(WRONG_ROW)
-    done = moe_layer("--tokens", "3", "--routings", "zipf", "--peers", "ours cpu", "ours wrong", "hand", "--plugin", str(plugin))
+def test_quantised_weights_are_not_trained(alone: Run) -> None:
+    done = alone(*LAYER, "--train", "--quant", "int8")
+    assert done.returncode == 2
+    assert "quantised weights have no gradients" in done.stderr
+
+
+def test_wrong_peers_and_those_that_end_the_process_are_named(alone: Run, tmp_path: Path) -> None:
+    plugin, path = tmp_path / "ends.py", tmp_path / "layer.csv"
+    plugin.write_text(ENDS)
+    names = ["--peers", "ours cpu", "ours wrong", "ours aborts", "ours faults", "hand", "--plugin", str(plugin)]
+    done = alone(*LAYER, "--tokens", "3", "--routings", "zipf", *names, "--out", str(path), "--verbose", children=True)
     assert done.returncode != 0
+    assert "some results are WRONG" in done.stderr
+    with path.open(newline="") as file:
+        found = {row["peer"]: row for row in csv.DictReader(file)}
+    assert {peer for peer, row in found.items() if row["us"]} == {"ours cpu_grouped", "ours wrong", "hand grouped_mm"}
+    assert [peer for peer, row in found.items() if row["us"] and row["ok"] == "False"] == ["ours wrong"]
     (cells,) = (row for row in table_rows(done.stdout) if row[0] == "3 zipf")
-    assert float(cells[2].strip("*")) > 0, done.stdout + done.stderr
+    assert float(cells[2].strip("*")) > 0
     assert cells[3].startswith("WRONG")
+    assert found["ours aborts"]["note"] == "ended the process: signal SIGABRT"
+    fault = "took the device with it: while peers took turns: RuntimeError: an illegal memory access"
+    assert found["ours faults"]["note"] == fault
+    assert "tiny 3 zipf: ours aborts" in done.stderr
+
+
+def test_a_peer_that_ended_two_points_is_left_out_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    shape = plot("moe_layer").Shape("tiny", argparse.Namespace(tokens=[1, 2, 3], routings=["zipf"]), "")
+    shape.broken = {(1, "zipf"): {"a": "signal", "b": "signal"}, (2, "zipf"): {"a": "silent"}}
+    assert {**shape.without((2, "zipf"))} == {"a": "silent"}
+    assert list(shape.without((3, "zipf"))) == ["a"]
+
+
+def test_a_process_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = plot("moe_layer")
+    receive, send = os.pipe()
+    os.write(send, b"one\ntwo\nrest")
+    with subprocess.Popen(["sleep", "60"]) as silent:
+        assert list(module.lines(receive, silent, 0.2)) == ["one", "two", None]
+        silent.kill()
+        silent.wait()
+        assert list(module.lines(receive, silent, 60)) == []  # although the pipe is still open
+    assert module.ending(silent.returncode) == "signal SIGKILL"
 
 
 def test_gains_of_a_layer_are_against_the_best_right_other_of_the_session() -> None:
@@ -228,3 +308,99 @@ def test_gains_of_a_layer_are_against_the_best_right_other_of_the_session() -> N
     assert "by 1.897x (geometric mean of 2; tiny 1.897x), at the least by 1.20x (tiny 1 zipf)" in text
     assert "WRONG (1e-3)" in text
     assert "- absent: not importable: so" in text
+    chosen = [*rows[:4], row("a", "1", "ours", "11")]
+    for own, gain in ((chosen, "1.09x"), ([*chosen[:4], row("a", "1", "ours", "11", "False")], "-")):
+        (short,) = (cells for cells in table_rows(plot("layer_plot").table(own)) if cells[0] == "forward")
+        assert short[8] == gain  # the provider that is chosen counts, not the best
+
+
+def test_tables_of_several_runs_are_put_together(tmp_path: Path) -> None:
+    module = plot("layer_plot")
+    row = {"session": "a", "mode": "forward", "dtype": "bfloat16", "shape": "tiny", "tokens": 1, "routing": "zipf"}
+    paths = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    module.add(paths[0], [{**row, "peer": "x", "us": 1}, {**row, "peer": "y", "us": 2}])
+    module.add(paths[1], [{**row, "peer": "y", "us": 3}, {**row, "peer": "z", "us": 4}])
+    assert module.gather(list(map(str, paths))) == paths[0]
+    assert [(each["peer"], each["us"]) for each in module.read(paths[0])] == [("x", "1"), ("y", "3"), ("z", "4")]
+
+
+DOUBLED = """
+import dataclasses
+
+from moe_compile.ops import experts_cpu, registry
+
+
+calls = []
+
+
+def doubled(kernel):
+    def call(*args):
+        calls.append(kernel)  # right at first: a rewrite is validated
+        return kernel(*args) * (2 if len(calls) > 4 else 1)
+
+    return call
+
+
+kernels = {name: doubled(kernel) for name, kernel in experts_cpu.PROVIDER.kernels.items()}
+registry.register(dataclasses.replace(experts_cpu.PROVIDER, name="wrong", kernels=kernels, cost=lambda problem: 0.0))
+"""
+MODEL = ["--layers", "1", "--decode", "2", "--context", "16", "--modes", "default", "--repeats", "2"]
+
+
+def test_a_whole_model_is_measured_beside_transformers_experts(alone: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.csv"
+    done = alone("whole_model", "--cpu", "--models", "gptoss", *MODEL, "--prefill", "2x8", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 5
+    for row in rows:
+        assert row["ok"] == "True", row
+        assert float(row["us"]) > 0
+        assert row["path"] == "without" or 0 < float(row["error"]) < 3e-2
+    cells = [row for row in table_rows(path.with_suffix(".md").read_text()) if row[0].startswith(("decode", "prefill"))]
+    assert [row[0] for row in cells] == ["decode 2 x 1 behind 16", "prefill 2 x 8"]
+    assert all(float(cell) > 0 for row in cells for cell in row[1:6])
+    assert "- ours: experts: cpu_grouped" in done.stdout
+
+
+def test_a_wrong_model_fails_the_run(alone: Run, tmp_path: Path) -> None:
+    plugin = tmp_path / "wrong.py"
+    plugin.write_text(DOUBLED)
+    done = alone("whole_model", "--cpu", "--models", "mixtral", *MODEL, "--prefill", "--paths", "loop", "ours", "--plugin", str(plugin))
+    assert done.returncode != 0
+    (cells,) = (row for row in table_rows(done.stdout) if row[0].startswith("decode"))
+    assert float(cells[1]) > 0, done.stdout + done.stderr
+    assert cells[4].startswith("WRONG")
+
+
+def test_first_calls_are_measured_and_held_against_a_limit(alone: Run, tmp_path: Path) -> None:
+    path = tmp_path / "first.csv"
+    args = ["--what", "layer", "--shapes", "tiny", "--tokens", "4", "--train", "--limit", "-1", "--out", str(path)]
+    done = alone("first_call", "--cpu", *args)
+    assert done.returncode != 0
+    with path.open(newline="") as file:
+        empty, filled = csv.DictReader(file)
+    assert (empty["caches"], empty["ok"], filled["caches"], filled["ok"]) == ("empty", "False", "filled", "True"), done.stdout + done.stderr
+    assert all(float(row[key]) > 0 for row in (empty, filled) for key in ("first_s", "second_ms"))
+    (cells,) = (row for row in table_rows(path.with_suffix(".md").read_text()) if row[0].startswith("layer"))
+    assert cells[:2] == ["layer tiny 4 forward", "cpu_grouped"]
+    assert cells[9] == "over the limit, or failed"
+
+
+def test_compiled_kernels_are_counted_and_those_of_a_cache_are_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    kernel = plot("layer_triton")._pack
+    types = ("*i64", "*u32", "*i16", "i32", "i32", "i32", "constexpr", "constexpr", "constexpr")
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, types)), {"TOP_K": 2, "WORDS": 1, "BLOCK": 32})
+    with plot("first_call").Compilations() as found:
+        for _ in range(2):
+            triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert (found.kernels, found.loaded) == (1, 1)
+    assert 0 < found.seconds < 60
+    assert triton.knobs.compilation.listener is None

@@ -70,6 +70,12 @@ def test_rows_quantised_to_fp8(ranks: Ranks, provider: str) -> None:
     ranks.run(fakes.quantised, provider)
 
 
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+@pytest.mark.parametrize("provider", fakes.BATCHED)
+def test_batched_rows_are_computed_where_they_lie(ranks: Ranks, provider: str, quant: str) -> None:
+    ranks.run(fakes.rows_in_place, provider, quant)
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_fakes_of_the_ops_have_the_shapes_of_what_comes(ranks: Ranks, provider: str) -> None:
     for fields in ({}, {"cuda_graphs": True}, {"ids_valid": True}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -23,7 +25,9 @@ from triton_cases import (
     run_backward,
 )
 
+from moe_compile.ops import experts, experts_triton
 from moe_compile.ops.kernels import configs, launch
+from moe_compile.ops.quantize_dispatch import counting_sort
 
 CASES = Cases(__file__)
 PROGRAMS = {
@@ -102,7 +106,7 @@ def gradients_of_functions(name: str) -> None:
     run_backward(FUNCTION_PROGRAMS[name], "eio", Sizes(5, 2, 3, 8, 16))
 
 
-ODD = ((0, 2, 4, 16, 16), (1, 1, 1, 16, 16), (33, 1, 5, 20, 12), (90, 2, 3, 40, 24))
+ODD = ((0, 2, 4, 16, 16), (1, 1, 1, 16, 16), (33, 1, 5, 20, 12), (90, 2, 3, 40, 24), (72, 1, 2, 48, 32))
 
 
 @CASES.add(*((sizes, routing) for routing in ("random", "one") for sizes in ODD))
@@ -114,6 +118,78 @@ def gradients_of_odd_sizes(sizes: tuple[int, ...], routing: str) -> None:
 def gradients_in_other_dtypes() -> None:
     run_backward(HALVES, "eoi", SMALL, dtype=torch.bfloat16)
     run_backward(APART, "oi*", SMALL, dtype=torch.float16)
+
+
+TWO_HALVES = HALVES.format(i=16, j=32)
+
+
+def summed(provider: str, x: Any, w: Any, w13: Any, w2: Any, ids: Any) -> Any:
+    order, offsets = counting_sort(ids, w2.shape[0])
+    texts = (TWO_HALVES, "eoi,eoi", "", 2)
+    return torch.ops.moe_compile.permute_experts_combine.default(x, order, offsets, None, [w13, w2], [], *texts, w, x.dtype, provider)
+
+
+def tensors(tokens: int) -> tuple[list[Any], Any]:
+    """(x, weights of the sum, both weights), ids"""
+    g = torch.Generator().manual_seed(tokens)
+    shapes, ids = ((tokens, 16), (tokens, 2), (4, 32, 16), (4, 16, 16)), torch.randint(0, 4, (tokens, 2), generator=g)
+    return [torch.randn(shape, generator=g).to(where()).requires_grad_() for shape in shapes], ids.to(where())
+
+
+def where() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def alike(got: Any, wanted: Any) -> None:
+    for a, b in zip(got, wanted, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@CASES.add()
+def gradients_of_a_compiled_graph() -> None:
+    """Both halves of the backward are traced, with a number of tokens and widths that are symbols."""
+    compiled = torch.compile(lambda *given: summed("triton", *given), backend="aot_eager", dynamic=True, fullgraph=True)
+    for tokens in (5, 40):
+        given, ids = tensors(tokens)
+        wanted = torch.autograd.grad(summed("reference", *given, ids).square().sum(), given)
+        alike(torch.autograd.grad(compiled(*given, ids).square().sum(), given), wanted)
+
+
+@CASES.add()
+def gradients_again_and_of_some() -> None:
+    given, ids = tensors(7)
+    wanted = torch.autograd.grad(summed("reference", *given, ids).square().sum(), given)
+    loss = summed("triton", *given, ids).square().sum()
+    for _ in range(2):
+        alike(torch.autograd.grad(loss, given, retain_graph=True), wanted)
+    for at, own in enumerate(given):  # what is asked for alone, and what alone has a gradient
+        alike(torch.autograd.grad(loss, [own], retain_graph=True), wanted[at : at + 1])
+        frozen = [each if each is own else each.detach() for each in given]
+        alike(torch.autograd.grad(summed("triton", *frozen, ids).square().sum(), [own]), wanted[at : at + 1])
+    again = torch.utils.checkpoint.checkpoint(summed, "triton", *given, ids, use_reentrant=False)
+    alike(torch.autograd.grad(again.square().sum(), given), wanted)
+
+
+@CASES.add()
+def products_are_freed_between_both_halves() -> None:
+    """When weights get their gradients, what the forward saved is gone."""
+    given, ids = tensors(7)
+    kept: list[Any] = []
+    real, seen = experts_triton.KERNELS[experts.GRADIENTS], []
+
+    def saving(*args: Any) -> Any:
+        out, saved = saving.real(*args)  # type: ignore[attr-defined]
+        kept.extend(weakref.ref(each) for each in saved)
+        return out, saved
+
+    def gradients_of(*args: Any) -> Any:
+        seen.append([each() is None for each in kept])
+        return real(*args)
+
+    saving.real = experts_triton.KERNELS[experts.COMBINED_SAVING]  # type: ignore[attr-defined]
+    with mock.patch.dict(experts_triton.KERNELS, {experts.GRADIENTS: gradients_of, experts.COMBINED_SAVING: saving}):
+        summed("triton", *given, ids).sum().backward()
+    assert seen == [[True]], seen
 
 
 @CASES.add()

@@ -423,7 +423,7 @@ def test_failing_pass_leaves_the_graph_as_it_was(monkeypatch, model, x, caplog):
 def test_failing_pass_leaves_nested_graphs_as_they_were(monkeypatch, model, x):
     from torch.utils.checkpoint import checkpoint
 
-    def damage_nested(gm, options):
+    def damage_nested(gm, options, inputs=()):
         for module in gm.modules():
             if isinstance(module, torch.fx.GraphModule) and module is not gm:
                 fakes.rewrite_relu(module, options)

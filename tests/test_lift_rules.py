@@ -261,7 +261,10 @@ WRITES = [
     Case("index_copy.default", f(3, 4), 1, ids(2), f(3, 2), closed=True),
     *[Case("slice_scatter.default", f(4, 2), f(n, 2), 0, *a)
       for n, a in ((2, (0, 2)), (2, (2, 4)), (1, (1, 2)), (4, ()), (2, (-2,)), (1, (3, 100)), (4, (0, 4)))],
-    *[Case("slice_scatter.default", f(4, 2), f(n, 2), 0, *a, closed=True) for n, a in ((2, (1, 3)), (2, (0, 4, 2)), (3, (0, 3)))],
+    *[Case("slice_scatter.default", f(4, 2), f(n, 2), 0, *a, closed=True)
+      for n, a in ((2, (1, 3)), (2, (0, 3, 2)), (3, (0, 3)), (2, (0, 4, 3)))],
+    *[Case("slice_scatter.default", f(4, 2), f(2, 2), 0, *a) for a in ((0, 4, 2), (1, None, 2))],
+    Case("slice_scatter.default", f(2, 6), f(2, 2), 1, 2, 9, 3),
     Case("slice_scatter.default", f(2, 4), f(2, 2), -1, 2, 4),
     *[Case("select_scatter.default", f(3, 4), f(*s), d, i) for s, d, i in (((4,), 0, 1), ((4,), 0, -1), ((3,), 1, 2), ((3,), -1, -4))],
     Case("select_scatter.default", f(1, 2), f(2), 0, 0),
@@ -278,6 +281,34 @@ CASES = {
     "pointwise": POINTWISE, "casts": CASTS, "constants": CONSTANTS, "views": VIEWS, "reductions": REDUCTIONS, "reads": READS,
     "writes": WRITES, "sorts": SORTS,
 }  # fmt: skip
+
+
+def bytes_(*shape: int) -> Tensor:
+    return ints(*shape, high=256).to(torch.uint8)
+
+
+def signed(*shape: int) -> Tensor:
+    return (ints(*shape, high=256) - 128).to(torch.int8)
+
+
+CASES["bits"] = [
+    *[Case("bitwise_and.Scalar", x, m) for x in (bytes_(3, 4), signed(3, 4)) for m in (15, 0x70, 1, 128 if x.dtype == torch.uint8 else 64)],
+    *[Case("bitwise_and.Scalar", bytes_(3), m, closed=True) for m in (5, 0)], Case("bitwise_and.Scalar", signed(3), -16, closed=True),
+    Case("bitwise_and.Scalar", mask(3), True, closed=True),
+    *[Case(f"{op}", x, 4) for op in ("__rshift__.Scalar", "bitwise_right_shift.Tensor_Scalar") for x in (bytes_(3, 2), signed(2))],
+    Case("bitwise_right_shift.Tensor", bytes_(2, 2), torch.full((2, 2), 4, dtype=torch.uint8), closed=True),
+    Case("__rshift__.Scalar", f(2).float().to(torch.int64), 70, closed=True),
+    Case("view.dtype", signed(3, 2), torch.uint8), Case("view.dtype", bytes_(3, 2), torch.int8),
+    Case("view.dtype", torch.arange(120, 135, dtype=torch.uint8), torch.float8_e8m0fnu),
+    Case("view.dtype", torch.arange(0, 127, dtype=torch.uint8), torch.float8_e4m3fn),
+    Case("view.dtype", torch.arange(-128, -1, dtype=torch.int8), torch.float8_e4m3fn),
+    Case("view.dtype", f(4), torch.int64, closed=True),
+    Case("exp2.default", f(3)), Case("pow.Scalar", 2, f(3)), Case("pow.Scalar", 2.0, ids(3, 2)), Case("pow.Scalar", 3, f(3), closed=True),
+    Case("ldexp.Tensor", f(3, 2), ints(3, 1)), Case("ldexp.Tensor", f(2), f(2)),
+    # what a byte cannot hold wraps around
+    Case("sub.Tensor", bytes_(3), 8, closed=True), Case("add.Tensor", bytes_(3), bytes_(3), closed=True),
+    Case("mul.Tensor", signed(3), 2, closed=True), Case("sub.Tensor", bytes_(3).to(torch.int32), 8),
+]  # fmt: skip
 
 
 def run(case: Case) -> tuple[str | None, str | None]:

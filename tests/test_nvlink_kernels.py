@@ -360,6 +360,28 @@ def batched_uneven(experts: int, world: int) -> None:
     batched_once(Ranks(world, num_experts=experts, batched_capacity=24 * world), [8] * world, 1)
 
 
+@CASES.add((48,), (7,), (17,))
+def experts_between_batched_calls(capacity: int) -> None:
+    """Rows are multiplied where they arrived, in memory full of poison, and come back from there."""
+    from moe_compile.ops import experts, experts_batched, experts_triton
+
+    ranks = Ranks(2, batched_capacity=capacity)
+    x, ids, weights = tokens(ranks, [8, 5], low=0)
+    w = torch.randn((8, 32, 32)) / 6
+    got = ranks.run(lambda exchange, rank: exchange.prepare_dispatch_batched(x[rank], ids[rank]))
+    y = []
+    for rank, each in enumerate(got):
+        batch = experts_batched.Batch(each.counts, capacity, 20, 4 * capacity)
+        call = experts.prepare_unsorted(each.rows.flatten(0, 1), 4, None, [w[4 * rank :][:4]], [], "relu(mm(0, x))", "eio", "", 1)
+        y.append(experts_triton.KERNELS[experts_batched.NAME](call, batch).view(4, capacity, 32))
+    out = ranks.run(lambda exchange, rank: exchange.prepare_collect_batched(y[rank], weights[rank], got[rank].handle, torch.float32))
+    most = torch.bincount(torch.cat([each.flatten() for each in ids]), minlength=8).max()
+    for src, found in enumerate(out if capacity >= most else ()):
+        rows = torch.relu(torch.einsum("th,tkhi->tki", x[src].double(), w.double()[ids[src]]))
+        torch.testing.assert_close(found.double(), (rows * weights[src].double().unsqueeze(2)).sum(1), rtol=1e-4, atol=1e-4)
+    assert all(found.isfinite().all() for found in out)
+
+
 @CASES.add()
 def batched_and_plain() -> None:
     """Both formats in turn share buffers and numbering."""

@@ -52,6 +52,16 @@ def test_layers_for_inference(ranks: Ranks, provider: str, hidden: int) -> None:
 
 
 @pytest.mark.parametrize("provider", ["nvlink", "nvlink_batched"])
+@pytest.mark.parametrize("fields", [{}, {"quant": "fp8", "hidden": 256}])
+def test_layers_by_our_kernels(ranks: Ranks, provider: str, fields: dict[str, Any]) -> None:
+    """Batched rows are computed where they arrived."""
+    if provider == "nvlink_batched" and fields:
+        return  # it carries rows as they are
+    given = {"dtype": torch.bfloat16, "backward": False, "max_tokens": 40, "sizes": EVEN, "experts_provider": "triton", **fields}
+    ranks.run(exchange_cases.many_layers, provider, 8, **given)
+
+
+@pytest.mark.parametrize("provider", ["nvlink", "nvlink_batched"])
 def test_the_first_exchange_of_a_workspace(ranks: Ranks, provider: str) -> None:
     ranks.run(exchange_cases.first_exchanges, provider, 7, 40, dtype=torch.bfloat16, max_tokens=40)
 
@@ -64,7 +74,8 @@ def test_rows_in_fp8(ranks: Ranks, provider: str) -> None:
 
 @pytest.mark.parametrize("provider", ["allgather", "nvlink", "nvlink_batched"])
 def test_a_replayed_cuda_graph_follows_its_routing(ranks: Ranks, provider: str) -> None:
-    ranks.run(exchange_cases.replayed, provider, 4, torch.bfloat16, 64, max_tokens=16)
+    for experts in ("cuda_grouped_mm", "triton"):
+        ranks.run(exchange_cases.replayed, provider, 4, torch.bfloat16, 64, experts_provider=experts, max_tokens=16)
 
 
 @pytest.mark.parametrize("comm", STANDARD)

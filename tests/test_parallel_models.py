@@ -94,6 +94,20 @@ def test_stages_fused_for_inference_give_the_same(two: Ranks, name: str, axes: d
     two.run(cases.fused, name, {"ep": 2, **axes})
 
 
+@pytest.mark.parametrize(("name", "sharded"), [("mixtral", True), ("gpt_oss", True), ("mixtral", False)])
+def test_weights_and_rows_in_fp8(two: Ranks, name: str, sharded: bool) -> None:
+    for found in two.run(cases.in_fp8, name, {"ep": 2}, sharded):
+        assert 1e-4 < found["logits"] < 0.2
+        assert all(0.01 < found[each] < 0.2 for each in ("weight 0", "weight 1", "output"))
+
+
+@pytest.mark.inductor
+def test_inductor_with_weights_and_rows_in_fp8(two: Ranks) -> None:
+    """Dispatch, experts and combine are one op there."""
+    for found in two.run(cases.in_fp8, "mixtral", {"ep": 2}, True, "inductor", timeout=300):
+        assert 1e-4 < found["logits"] < 0.1
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
 def test_shared_experts_beside_an_exchange(two: Ranks, name: str) -> None:
     two.run(cases.overlapped, name, {"ep": 2})

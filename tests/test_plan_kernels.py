@@ -193,6 +193,39 @@ def from_order(tokens: int, block_rows: int, whole: bool) -> None:
             check_plan(got, given, offsets, ids.numel(), experts, block_rows)
 
 
+@CASES.add((0, 16), (1, 16), (7, 3), (16, 16), (37, 16), (130, 32))
+def from_counts(capacity: int, block_rows: int) -> None:
+    """Rows of the batched format: their blocks, which never reach into another expert's rows, and which rows hold something."""
+    from moe_compile.ops.kernels import plan
+
+    generator = torch.Generator().manual_seed(capacity)
+    for experts, kind in itertools.product((1, 5, 40), ("mixed", "all", "none")):
+        counts = {"mixed": torch.randint(0, capacity + 1, (experts,), generator=generator), "all": torch.full((experts,), capacity)}
+        held = counts.get(kind, torch.zeros(experts)).int()
+        most = int(held.sum()) if experts == 5 else None
+        with tuned(fill_rows=64, programs=5), poisoned():
+            got = plan.plan_of_counts(held.to(device()), capacity, block_rows, expected=9, most=most)
+        assert got.in_place == (capacity == 0 or capacity >= block_rows)
+        assert got.likely == 9
+        check_counts(got, held.tolist(), capacity, capacity if got.in_place else block_rows)
+
+
+def check_counts(got: Any, counts: list[int], capacity: int, room: int) -> None:
+    """room: rows of an expert in the plan."""
+    rows, slots, blocks = [-1] * (len(counts) * capacity), [-1] * (len(counts) * room), []
+    for e, count in enumerate(counts):
+        for place in range(count):
+            rows[e * capacity + place] = e * room + place
+            slots[e * room + place] = e * capacity + place
+        blocks += [[e, e * room + min(first, room - got.block_rows)] for first in range(0, count, got.block_rows)]
+    assert got.rows.tolist() == rows
+    assert got.slots.tolist() == slots
+    assert got.num_blocks.tolist() == [len(blocks)]
+    assert got.blocks[: len(blocks)].tolist() == blocks
+    assert got.counts.tolist() == counts
+    assert not rows or got.firsts.tolist() == [e * room for e in range(len(counts))]
+
+
 @CASES.add()
 def again() -> None:
     """Calls of all ways in turn, the same bits each time, nothing left over from the one before."""

@@ -16,9 +16,9 @@ from moe_compile.ops.comm.payload import quantize_rows
 from moe_compile.ops.kernels import configs_scaled, launch, launch_scaled, launch_scaled_few
 from moe_compile.ops.kernels.layers import layers_of
 from moe_compile.ops.kernels.plan import plan_of_ids
-from moe_compile.ops.kernels.quantized import KINDS, Quantized, check, dequantize, quantize_weights
 from moe_compile.ops.layout import Params
 from moe_compile.ops.quantize_dispatch import counting_sort
+from moe_compile.ops.quantized import KINDS, ROWS_TOO, Quantized, check, dequantize, quantize_weights, stored
 
 CASES = Cases(__file__)
 FIRST = {
@@ -30,6 +30,7 @@ FIRST = {
 }
 SMALL = Sizes(7, 2, 4, 256, 128)
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+ROUNDED = {torch.float32: 5e-3, torch.bfloat16: 5e-2}  # e4m3 between layers: a value between two numbers may become either, 6 to 12 % apart
 
 
 def down(name: str, h: str, weight: int, bias: int) -> str:
@@ -86,7 +87,7 @@ def run(
     ids = routed(s, routing, g)
     dense = [dequantize(q).transpose(1, 2) if axes == "io" else dequantize(q) for q in weights]
     layers = program_layers(name, s, x, dense, biases, dtype)
-    fp8 = kind.startswith("fp8")
+    fp8 = kind in ROWS_TOO
     seen, scales = rows_seen(x, kind, sent) if fp8 else (x, None)
     want = wanted(name, s, dequantize_rows(*seen, torch.float32) if fp8 else x, ids, w, dense, biases, fp8)
     on = [q._replace(values=q.values.to(device), scales=q.scales.to(device)) for q in weights]
@@ -95,7 +96,7 @@ def run(
     given = (seen[0].to(device), scales.to(device)) if sent else (x.to(device), None)
     y = launch_scaled.run(layers, given[0], w.to(device), on, params, s.top_k, plan, given[1])
     got = launch.to_slots(y, plan, ids.numel()).view(want.shape).cpu().double()
-    limit = max(LIMITS[dtype], 5e-3 if fp8 else 0.0)  # a value between two e4m3 numbers may become either
+    limit = LIMITS[dtype] if not fp8 else ROUNDED[dtype]
     off = float((got - want).abs().max() / want.abs().max().clamp(min=1e-3)) if want.numel() else 0.0
     assert off < limit, f"{off:.1e}: {name} {kind} {s}"
 
@@ -217,7 +218,7 @@ def test_on_a_gpu(name: str) -> None:
 def test_there_and_back(kind: str, axes: str) -> None:
     if (kind, axes) == ("mxfp4", "io"):
         return
-    off = {"fp8_block": 0.03, "fp8_channel": 0.03, "mxfp4": 0.13, "int8": 0.008, "int4": 0.14}[kind]
+    off = {"fp8_block": 0.03, "fp8_channel": 0.03, "mxfp4": 0.13, "int8": 0.008, "int4": 0.14}[stored(kind)]
     w = torch.randn((3, 200, 352), generator=torch.Generator().manual_seed(0))
     w = w.transpose(1, 2) if axes == "io" else w
     for group in (0, 128):

@@ -58,7 +58,7 @@ class LowLatency(BatchedExchange):
             explicitly_destroy=True,
         )  # fmt: skip
 
-    def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+    def dispatch_views(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
         self.check("dispatch")
         self.check_tokens(x_TH.shape[0], self.setup.max_tokens)
         ids = clean_ids(ids_TK, self.setup.num_experts, self.library.topk_idx_t)
@@ -71,7 +71,7 @@ class LowLatency(BatchedExchange):
         rows = rows.view(-1, self.setup.hidden)[:, :width].contiguous()
         scales = x_TH.new_empty(0).float() if scales is None else scales.reshape(rows.shape[0], -1)[:, : -(-width // 128)].contiguous()
         handle = [*marks(x_TH.shape[0], rows.shape[0], x_TH), sent, last, own[0], own[1]]
-        return Received(rows, scales, self.place_ids(counts), [], handle, ExpertTokensMetadata(counts))
+        return Received(rows, scales, None, [], handle, ExpertTokensMetadata(counts))
 
     def collect(self, rows_RX: Any, handle: list[Any], out_dtype: Any, weights_TK: Any = None) -> Any:
         self.check("combine")

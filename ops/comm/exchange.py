@@ -49,7 +49,8 @@ class Received(NamedTuple):
     """What a rank got.
 
     rows [R, H] (in quant's dtype), scales [R, H/128] float32 or [0]; ids int32 [R, K], this rank's own numbering, -1 for slots of
-    other ranks and for rows that hold nothing; weights: one [R, K] for each that was sent, zero where ids is -1.
+    other ranks and for rows that hold nothing (None from dispatch_views in the batched format: the counts tell); weights: one [R, K] for
+    each that was sent, zero where ids is -1. Batched rows beyond an expert's count are undefined from dispatch_views.
     handle: what send and collect need; handle[0] has T rows, handle[1] has R.
     """
 
@@ -195,6 +196,13 @@ def sum_slots(y_SO: Any, places_RK: Any, weights_RK: Any, out_dtype: Any) -> Any
         part = y_SO.index_select(0, at.clamp(min=0)).to(wide) * scale.unsqueeze(1)
         rows += part.masked_fill_((at < 0).unsqueeze(1), 0)
     return rows.to(out_dtype)
+
+
+def place_ids(counts_E: Any, places: int) -> Any:
+    """ids int32 [E * places, 1] of batched rows: the expert of each place that holds a row, -1 for the others."""
+    expert = torch.arange(counts_E.shape[0], dtype=torch.int32, device=counts_E.device).unsqueeze(1)
+    place = torch.arange(places, dtype=torch.int32, device=counts_E.device)
+    return torch.where(place < counts_E.unsqueeze(1), expert, -1).view(-1, 1)
 
 
 def marks(tokens: int, rows: int, like: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .exchange import Exchange, ExchangeError
+from .exchange import Exchange, ExchangeError, Received, place_ids
 from .libraries import need, told
 from .library_rows import widen
 from .setup import Setup
@@ -167,12 +167,15 @@ class BatchedExchange(LibraryExchange):
         """(experts of this rank, places of each)."""
         return self.setup.num_experts // self.world, self.world * self.room
 
-    def place_ids(self, counts_E: Any) -> Any:
-        """ids int32 [R, 1]: the expert of each place that holds a token, -1 for the others."""
-        experts, places = self.places()
-        expert = torch.arange(experts, dtype=torch.int32, device=counts_E.device).unsqueeze(1)
-        taken = torch.arange(places, dtype=torch.int32, device=counts_E.device).unsqueeze(0) < counts_E.unsqueeze(1)
-        return torch.where(taken, expert, -1).view(-1, 1)
+    def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+        """With an id for each place."""
+        got = self.dispatch_views(x_TH, ids_TK, weights)
+        assert got.metadata is not None
+        return got._replace(ids=place_ids(got.metadata.counts_E, self.places()[1]))
+
+    @abc.abstractmethod
+    def dispatch_views(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+        """Without ids; metadata has the counts."""
 
     def wide(self, rows_RX: Any) -> Any:
         """The rows, zeros behind, of the setup's width. Raises ValueError for rows that are wider, or of no dtype that can be sent."""

@@ -13,7 +13,7 @@ import torch
 
 from .. import registry
 from . import costs, nvlink
-from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, SLOTS, ExpertTokensMetadata, Received, marks
+from .exchange import CAP, EXCHANGE, HANDLE, RECEIVED, SLOTS, ExpertTokensMetadata, Received, marks, place_ids
 from .nvlink import Nvlink, limits, missing, narrowed
 from .peer.checks import MAX_BATCHED_SLOTS
 from .peer.engine import NvlinkEngine
@@ -33,20 +33,16 @@ class NvlinkBatched(Nvlink):
 
     def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
         got = self.dispatch_views(x_TH, ids_TK, weights)
-        return got._replace(rows=torch.where(got.ids >= 0, got.rows, 0))
+        assert got.metadata is not None
+        ids = place_ids(got.metadata.counts_E, capacity(self.setup))
+        return got._replace(rows=torch.where(ids >= 0, got.rows, 0), ids=ids)
 
     def dispatch_views(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
         self.check_tokens(x_TH.shape[0])
         got = self.engine.dispatch_batched(self.wide(x_TH), ids_TK.contiguous())
         rows = narrowed(got.rows.flatten(0, 1), x_TH.shape[1])
         handle = [*marks(x_TH.shape[0], rows.shape[0], x_TH), *got.handle]
-        return Received(rows, x_TH.new_empty(0).float(), self._ids(got.counts), [], handle, ExpertTokensMetadata(got.counts))
-
-    def _ids(self, counts_E: Any) -> Any:
-        """int32 [R, 1]: the local expert of a place that holds a row, else -1."""
-        places = torch.arange(capacity(self.setup), device=counts_E.device, dtype=torch.int32)
-        experts = torch.arange(counts_E.shape[0], device=counts_E.device, dtype=torch.int32).unsqueeze(1)
-        return torch.where(places < counts_E.unsqueeze(1), experts, -1).view(-1, 1)
+        return Received(rows, x_TH.new_empty(0).float(), None, [], handle, ExpertTokensMetadata(got.counts))
 
     def send(self, x_TX: Any, handle: list[Any]) -> Any:
         raise NotImplementedError(f"{self.name} has no backward; choose comm='nvlink' for training")

@@ -68,7 +68,7 @@ class Pplx(BatchedExchange):
             )
         )  # fmt: skip
 
-    def dispatch(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
+    def dispatch_views(self, x_TH: Any, ids_TK: Any, weights: list[Any]) -> Received:
         self.check("dispatch")
         self.check_tokens(x_TH.shape[0], self.setup.max_tokens)
         if self.held.sent:
@@ -95,7 +95,7 @@ class Pplx(BatchedExchange):
             x_TH.new_empty(0).float() if got_scales is None else got_scales.view(experts * places, -1)[:, : -(-width // 128)].contiguous()
         )
         handle = [*marks(x_TH.shape[0], rows.shape[0], x_TH), sent, sent.new_empty(0, dtype=torch.int64)]
-        return Received(rows, scales, self.place_ids(counts), [], handle, ExpertTokensMetadata(counts))
+        return Received(rows, scales, None, [], handle, ExpertTokensMetadata(counts))
 
     def _rows(self, x_TH: Any) -> tuple[Any, Any]:
         """Rows and scales as they are sent, of the setup's width."""

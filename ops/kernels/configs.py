@@ -59,6 +59,7 @@ def _block_rows(shape: Shape) -> int:
 
 
 FEW_EXPERTS = 16
+SPREAD_WIDTH = 2048  # columns from which sorting the rows first costs less than gathering them again for each tile of columns
 
 
 def tiles(shape: Shape, rows: int, first: bool) -> Tiles:
@@ -76,7 +77,9 @@ def _tiles(shape: Shape, rows: int, first: bool) -> Tiles:
     elif rows == 64 and shape.slots / shape.experts <= 48:
         found = Tiles(rows, 64, 64, 4, 4, spread=first) if two else Tiles(rows, 128, 64, 4, 4, spread=first)
     else:
-        found = Tiles(rows, 128 if two else 256, 64, 8, 4, persistent=True, half=not two, spread=first)
+        group = 1 if shape.experts <= FEW_EXPERTS and shape.slots / shape.experts <= 96 else 8  # about one block an expert
+        spread = first and rows == 128 and shape.products * shape.width > SPREAD_WIDTH
+        found = Tiles(rows, 128 if two else 256, 64, 8, 4, group, persistent=True, half=not two, spread=spread)
     return _fitted(found, shape)
 
 

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-STAGED = 200 * 1024  # bytes of shared memory for tiles under way
+STAGED = 224 * 1024  # bytes of shared memory for tiles under way
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows and columns that a program has in registers at a time. each: programs of a multiprocessor. in_place: h over dh."""
+
+    rows: int
+    cols: int
+    warps: int
+    each: int
+    in_place: bool
 
 
 @dataclass(frozen=True)
 class Grid:
-    """rows, cols, depth of a tile; group: blocks that share a weight tile in L2."""
+    """rows, cols, depth of a tile. each: programs of a multiprocessor. flat: the loops over tiles and their steps become one."""
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
-    group: int = 8
-    described: bool = True
+    each: int = 1
+    flat: bool = False
 
 
 def block_rows(slots: int, experts: int) -> int:
@@ -26,21 +37,22 @@ def block_rows(slots: int, experts: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
 
 
-def reverse_tiles(rows: int, width: int, inner: int, itemsize: int) -> Grid:
-    """Of dh = grad @ W.T, whose epilogue holds two products and as many gradients in registers: few columns."""
-    return _fitted(rows, min(64, _power(width)), min(64, _power(inner)), itemsize, 8 if rows >= 64 else 4)
+def reverse_rows(block_rows: int, width: int) -> Piece:
+    """Of the pass back through the epilogue: bound by memory. In place only where each number has one thread."""
+    cols = min(512, _power(width))
+    while cols > 128 and -(-width // cols) * cols > 1.1 * width:
+        cols //= 2
+    rows = min(block_rows, 16, 2048 // cols)
+    return Piece(rows, cols, 4, 16, in_place=rows * cols >= 4 * 32 * 8)
 
 
-def weight_tiles(fan_in: int, fan_out: int, itemsize: int) -> Grid:
-    """Of rows.T @ grad: an expert's matrix, over its rows."""
-    return _fitted(min(128, _power(fan_in)), min(256 if itemsize == 2 else 128, _power(fan_out)), 64, itemsize, 8)
-
-
-def _fitted(rows: int, cols: int, depth: int, itemsize: int, warps: int) -> Grid:
-    stages = 4
-    while stages > 2 and stages * depth * (rows + cols) * itemsize > STAGED:
-        stages -= 1
-    return Grid(rows, cols, depth, warps if rows * cols >= 4096 else 4, stages)
+def weight_tiles(high: int, wide: int, itemsize: int, block_rows: int) -> Grid:
+    """Of an expert's gradient [high, wide] over its rows, in steps that a block holds several of."""
+    cols = min(256 if itemsize == 2 else 128, _power(wide))
+    t = Grid(min(128, _power(high)), cols, min(64, block_rows), 8, 4, flat=True)
+    while t.stages > 2 and t.stages * t.depth * (t.rows + t.cols) * itemsize > STAGED:
+        t = replace(t, stages=t.stages - 1)
+    return replace(t, warps=t.warps if t.rows * t.cols >= 4096 else 4)
 
 
 def _power(size: int) -> int:

@@ -27,7 +27,7 @@ def block_rows(shape: Shape, kind: str, pairs: bool) -> int:
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
-    """kind: "fp8", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products."""
+    """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products."""
     few = rows <= 32
     cols = COLS // 2 if pairs and not quantised_next else COLS
     if kind == "fp8":
@@ -47,7 +47,7 @@ def smaller(t: Tiles) -> Tiles | None:
 
 def staged(t: Tiles, shape: Shape, kind: str, pairs: bool) -> int:
     """Bytes of shared memory of the tiles under way."""
-    bits = {"fp8": 8, "int8": 8}.get(kind, 4)
+    bits = 4 if kind in ("int4", "fp4") else 8
     cols = t.cols * (2 if pairs or t.half else shape.products)
     item = 1 if kind == "fp8" else shape.itemsize
     store = t.rows * t.cols * shape.itemsize if t.persistent else 0

@@ -120,17 +120,23 @@ def places_of(rows, expert, counts, firsts, ends):
 
 
 @triton.jit
-def _save(z, value, place, used, n, WIDTH, stride, START: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr):
-    """A product's columns into [N, OUT], where its rows stand in the order."""
+def _save(z, box, value, place0, place, used, whole, n, WIDTH, stride, START: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr):
+    """A product's columns into [N, OUT], where its rows stand in the order. box: a descriptor for blocks that have all rows, or None."""
     j = n * BN + tl.arange(0, BN)
     to = z + place[:, None] * stride + (START + STEP * j)[None, :]
-    tl.store(to, value.to(z.dtype.element_ty), mask=used[:, None] & (j < WIDTH)[None, :])
+    if box is not None:
+        if whole:
+            box.store([place0, START + n * BN], value.to(box.dtype))
+        else:
+            tl.store(to, value.to(z.dtype.element_ty), mask=used[:, None])
+    else:
+        tl.store(to, value.to(z.dtype.element_ty), mask=used[:, None] & (j < WIDTH)[None, :])
 
 
 @triton.jit
 def _tile(
     a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends,
+    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
@@ -147,7 +153,8 @@ def _tile(
     at = a
     if A_FROM == "gather":
         slot = tl.load(slots + rows)
-        at = a + (tl.maximum(slot, 0) // TOP_K).to(tl.int64)[:, None] * stride_a
+        slot = tl.where(slot < 0, tl.load(slots + row0), slot)  # not one row for the padding of all experts: all would wait for it
+        at = a + (slot // TOP_K).to(tl.int64)[:, None] * stride_a
     elif A_FROM == "rows":
         at = a + rows.to(tl.int64)[:, None] * stride_a
     if FORM == "pairs":
@@ -183,10 +190,12 @@ def _tile(
         p1 = more.T if SWAP else more
     if (z0 is not None) | (z1 is not None):
         place, used = places_of(rows, expert, counts, firsts, ends)
+        place0 = tl.load(ends + expert) - tl.load(counts + expert) + row0 - tl.load(firsts + expert)
+        whole = row0 + BM - tl.load(firsts + expert) <= tl.load(counts + expert)
         if z0 is not None:
-            _save(z0, p0, place, used, n, WIDTH, stride_z0, START0, STEP0, BN)
+            _save(z0, box0, p0, place0, place, used, whole, n, WIDTH, stride_z0, START0, STEP0, BN)
         if z1 is not None:
-            _save(z1, p1, place, used, n, WIDTH, stride_z1, START1, STEP1, BN)
+            _save(z1, box1, p1, place0, place, used, whole, n, WIDTH, stride_z1, START1, STEP1, BN)
     bias0, bias1 = biases_of(b0, b1, expert, cols, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
     weight = p0
     if READS_W:
@@ -219,7 +228,7 @@ def pick(t, num_blocks, num_tiles, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "programs"])
 def layer_kernel(
     a, w0, w1, b0, b1, route_w, out, slots, blocks, num_blocks, IN, WIDTH, num_tiles, programs, stride_a, stride_out,
-    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends,
+    e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
@@ -231,8 +240,9 @@ def layer_kernel(
     """All tiles of a layer. Grid: `programs` (PERSISTENT), else a program for each tile that there can be; those beyond the last end.
 
     rows [T, IN] or [P, IN]; weight_i [E, OUT, IN] in any layout; out [P, WIDTH]; slots int32 [P]; blocks int32 [B, 2] (expert, first row);
-    num_blocks int32 [1]; route_w float [T*K]. Rows behind an expert's last are computed from anything. z_i: None, or [N, OUT] that gets the
-    products' columns in the order of slots. EARLY: the kernel before may still run; its results are waited for.
+    num_blocks int32 [1]; route_w float [T*K]. Rows behind an expert's last are computed from anything. z_i: None, or [N, OUT] that gets
+    the products' columns in the order of slots; box_i: its descriptor, or None. EARLY: the kernel before may still run; its results are
+    waited for.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -243,7 +253,7 @@ def layer_kernel(
             block, n = pick(t, count, num_tiles, GROUP)
             _tile(
                 a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-                e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
+                e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
                 START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
                 TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
             )  # fmt: skip
@@ -251,7 +261,7 @@ def layer_kernel(
         block, n = pick(tl.program_id(0), count, num_tiles, GROUP)
         _tile(
             a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
-            e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
+            e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
             START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
             TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
         )  # fmt: skip

@@ -12,10 +12,10 @@ import torch
 from moe_compile.ops.layout import Params
 
 from . import configs
-from .configs_backward import Grid
 from .layers import Columns, Layer
 from .plan import Plan
 
+MOST_TOGETHER = 4  # programs of a multiprocessor
 ALIGNMENT = 16  # bytes: of the addresses and strides that a descriptor takes
 PRECISION = {torch.float32: "tf32x3"}  # three products of tf32: close to float32, on tensor cores
 
@@ -45,14 +45,17 @@ def run(
 
     route_w: float [T, K] of the program's w, or None.
     """
-    rows, gather = x_TH, True
+    rows, gather = x_TH, not plan.in_place
     if not layers[0].products:
         rows, gather, layers = spread(x_TH, plan, top_k, layers[0], route_w), False, layers[1:]
     for layer in layers:
-        shape = shape_of(layer, weights, plan.rows.shape[0], plan.counts.shape[0], rows)
-        tiles = configs.tiles(shape, plan.block_rows, gather)
-        if tiles.stages > 3 and (saves is not None or any(each.step > 1 for each in layer.products)):
+        shape = shape_of(layer, weights, plan.likely, plan.counts.shape[0], rows)
+        tiles = configs.tiles(shape, plan.block_rows, rows is x_TH)
+        saved = saves is not None and any(each.of in saves.products for each in layer.products)
+        if tiles.stages > 3 and (saved or any(each.step > 1 for each in layer.products)):
             tiles = dataclasses.replace(tiles, stages=3)  # products are laid out anew, which takes shared memory too
+        if plan.sparse and not tiles.persistent:
+            tiles = configs.changed(tiles, shape, persistent=True)
         if gather and tiles.spread and describable(rows, layer.operand):
             rows, gather = spread(x_TH, plan, top_k), False
         rows, gather = _layer(layer, tiles, rows, gather, weights, biases, route_w, top_k, plan, saves), False
@@ -122,9 +125,9 @@ def _launch(
     early = t.early and starts_early(rows.device)
     z = [None if saves is None else saves.products.get(each.of) for each in layer.products]
     z = z if len(z) == 2 else [*z, None]
-    kept = [*z, *(0 if each is None else each.stride(0) for each in z)]
+    kept = [*z, *_boxes_of_saved(layer, z, t), *(0 if each is None else each.stride(0) for each in z)]
     num_tiles = triton.cdiv(layer.width, t.cols)
-    programs = processors(rows.device) if t.persistent else out.shape[0] // plan.block_rows * num_tiles
+    programs = in_turn(t, layer, plan, rows.device) if t.persistent else plan.blocks.shape[0] * num_tiles
     layer_kernel[(programs,)](
         a, *w.operands, *b, route_w if layer.reads_w else plan.slots, to, plan.slots, plan.blocks, plan.num_blocks,
         rows.shape[1], layer.width, num_tiles, programs, rows.stride(0), out.stride(0), *w.strides, *b_strides, *kept,
@@ -136,6 +139,12 @@ def _launch(
         BM=t.rows, BN=t.cols, BK=t.depth, HALF=t.half and stored, GROUP=t.group, PERSISTENT=t.persistent, num_warps=t.warps,
         num_stages=t.stages, EARLY=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+
+
+def _boxes_of_saved(layer: Layer, z: Sequence[Any], t: configs.Tiles) -> list[Any]:
+    """Descriptors for products that are saved, where no box reaches beyond the product's columns."""
+    plain = layer.width % t.cols == 0 and all(each.step == 1 for each in layer.products)
+    return [descriptor(each, [t.rows, t.cols]) if each is not None and plain and describable(each, each.dtype) else None for each in z]
 
 
 def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_w: Any = None) -> Any:
@@ -155,6 +164,18 @@ def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_
     return out
 
 
+def clear_padding(rows_PH: Any, plan: Plan) -> None:
+    """Zeros in the rows behind an expert's last, up to the end of its blocks."""
+    from .rows import clear_kernel
+
+    width = rows_PH.shape[1]
+    if rows_PH.numel():
+        block, warps = _row_block(width)
+        clear_kernel[(plan.counts.shape[0], -(-width // block))](
+            rows_PH, plan.counts, plan.firsts, width, ROWS=plan.block_rows, BLOCK=block, num_warps=warps
+        )
+
+
 def unspread(x_TH: Any, drows_PH: Any, plan: Plan, layer: Layer, route_w: Any, dx_TH: Any, dw_TK: Any) -> None:
     """The backward of spread with a layer: writes dx [T, H] and, where wanted, dw float32 [T, K]."""
     from .epilogue import adjoint_of
@@ -169,12 +190,12 @@ def unspread(x_TH: Any, drows_PH: Any, plan: Plan, layer: Layer, route_w: Any, d
         )  # fmt: skip
 
 
-def add_up(y_PO: Any, plan: Plan, weights_TK: Any, tokens: int, top_k: int, dtype: torch.dtype) -> Any:
-    """out [T, O] = sum_k weights[t, k] * y[rows[t, k]], in float32."""
+def add_up(y_PO: Any, plan: Plan, weights_TK: Any, tokens: int, top_k: int, dtype: torch.dtype, into: Any = None) -> Any:
+    """out [T, O] = sum_k weights[t, k] * y[rows[t, k]], in float32; `into` a tensor that is given for it."""
     from .rows import sum_kernel
 
     width = y_PO.shape[1]
-    out = torch.empty((tokens, width), dtype=dtype, device=y_PO.device)
+    out = torch.empty((tokens, width), dtype=dtype, device=y_PO.device) if into is None else into
     if out.numel():
         block, warps = _row_block(width if tokens > 256 else min(width, 512))
         given, early = weights_TK is not None, plan.block_rows <= 32 and starts_early(y_PO.device)
@@ -205,7 +226,7 @@ def to_slots(y_PO: Any, plan: Plan, slots: int) -> Any:
 
 
 # ---------------------------------------------------------------- where parameters lie
-def weights_of(layer: Layer, weights: Params, t: configs.Tiles | Grid | None = None, turned: bool = False) -> Weights:
+def weights_of(layer: Layer, weights: Params, t: configs.Tiles | None = None, turned: bool = False) -> Weights:
     """How the kernel reads the layer's weights; without tiles, by addresses and two products apart. turned: outputs as inputs."""
     first, second = two(layer.products)
     slots = [weights.slots[each.of] for each in (first, second)]
@@ -341,6 +362,14 @@ def _has_descriptors(device: Any) -> bool:
 def starts_early(device: Any) -> bool:
     """Are there programmatic dependent launches? From compute capability 9.0 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def in_turn(t: configs.Tiles, layer: Layer, plan: Plan, device: Any) -> int:
+    """Programs that take tiles in turn: one a multiprocessor, or where tiles are small for few rows as many as one holds at once."""
+    if not plan.sparse:
+        return processors(device)
+    held = t.stages * t.depth * (t.rows + len(layer.products) * t.cols) + t.rows * t.cols
+    return processors(device) * max(1, min(MOST_TOGETHER, configs.STAGED // (held * layer.operand.itemsize)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,10 +1,12 @@
 """Gradients of an expert program of two layers, y = h @ W (+ bias), h = epilogue(products of x, biases, w).
 
     forward   z = products of x, saved in the order of slots [N, OUT], in the model's dtype; h is not kept
-    reverse   one kernel: dh = scale * (grad @ W.T); h and dz from z in registers; h * scale, dz and each row's gradients of scale and w
-    weights   dW = (h * scale).T @ grad and dW_i = x.T @ dz_i for each expert, x and grad read through the slots
+    reverse   dh = grad @ W.T by the forward's GEMM; one pass computes h again from z, writes h * scale over dh, and dz, and sums up each
+              row's gradients of scale and w
+    weights   dW = (h * scale).T @ grad and dW_i = x.T @ dz_i for each expert; x and grad in sorted order
     x         dz @ W_i.T by the forward's GEMM, and one sum over a token's rows
-Scale is the weight of the sum over slots. Sums of rows run in a fixed order: results are the same to the bit in every run.
+In two halves, so that z can be freed between: reverse, and the gradients of weights and x. Scale is the weight of the sum over slots.
+Sums of rows run in a fixed order: results are the same to the bit in every run.
 """
 
 from __future__ import annotations
@@ -19,18 +21,31 @@ from moe_compile.ops.program import Program
 
 from . import configs_backward as configs
 from . import launch
-from .launch import PRECISION, Saves, biases_of, columns, multiplied, processors, type_of
+from .launch import PRECISION, Saves, biases_of, columns, descriptor, multiplied, processors, type_of
 from .layers import Columns, Layer
-from .plan import Plan
+from .plan import Plan, kept_rows
 
 
-class Reversed(NamedTuple):
-    """dz [P, OUT] by weight number; h [P, I] times the scale; dscale, dw float32 [P] or None."""
+class Carried(NamedTuple):
+    """What stands between the two halves of a backward; P = plan.kept_rows. Without elements where it is not wanted.
 
-    dz: Mapping[int, Any]
+    grad [P, O]: of the slots' rows in sorted order, zeros in the padding; h [P, I] times the scale; dscale, dw float32 [T, K]: of the
+    weights of the sum, and of the program's w; dz: [P, OUT] for each weight of the first products, zeros in the padding.
+    """
+
+    grad: Any
     h: Any
     dscale: Any
     dw: Any
+    dz: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Carried:
+        grad, h, dscale, dw, *dz = tensors
+        return cls(grad, h, dscale, dw, tuple(dz))
+
+    def tensors(self) -> list[Any]:
+        return [*self[:4], *self.dz]
 
 
 def unfit(layers: Sequence[Layer], program: Program) -> str | None:
@@ -85,42 +100,83 @@ def new_product(call: Call, layer: Layer, j: int) -> Any:
     return call.x.new_empty((call.order.shape[0], call.weights.fan(j)[1]), dtype=layer.operand)
 
 
-def gradients(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, Any], needs: Sequence[bool], plan: Plan) -> list[Any]:
-    """Gradients in call.parameters() order; grad [T, O] of the sum over slots, or [N, O] of each."""
-    grads = empty_grads(call, needs)
-    split, num_weights = 2 + len(call.weights.tensors), len(call.weights.tensors)
+def first_weights(layers: Sequence[Layer]) -> list[int]:
+    """The weights that dz are for, in their order."""
+    return sorted({each.of for each in layers[-2].products})
+
+
+def carried_types(call: Call, layers: Sequence[Layer], needs: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """(shape, dtype) of Carried's tensors. Sizes may be symbolic."""
     hidden, last = layers[-2:]
+    padded, slots = kept_rows(call.order.shape[0], call.offsets.shape[0]), (call.x.shape[0], call.top_k)
+    return [
+        ((padded, call.values[-1].width), last.operand),
+        ((padded, hidden.width) if _wants_weights(call, needs) else (0,), last.operand),
+        (slots if _scale(call) is not None else (0,), torch.float32),
+        (slots if hidden.reads_w else (0,), torch.float32),
+        *(((padded, call.weights.fan(j)[1]), hidden.operand) for j in first_weights(layers)),
+    ]
+
+
+def reverse(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, Any], needs: Sequence[bool], plan: Plan) -> Carried:
+    """From grad, [T, O] of the sum over slots or [N, O] of each, to the first products. z is not read any more after it."""
+    hidden, last = layers[-2:]
+    share = call.top_k if call.combined else 1
+    rows_PO = _cleared(launch.spread(grad.contiguous().to(last.operand), plan, share), plan)
+    dh_PI = launch.product(_turned(last), rows_PO, call.weights, hidden.width, plan)
+    h, dz, per_scale, per_route = _through_epilogue(call, hidden, last, dh_PI, z, plan, _wants_weights(call, needs))
+    if per_scale is not None and last.biases:
+        _bias_of_last(call, last, rows_PO, per_scale, plan)
+    dscale, dw = (
+        rows_PO.new_empty(0, dtype=torch.float32) if each is None else _to_slots(each, plan, call) for each in (per_scale, per_route)
+    )
+    return Carried(rows_PO, rows_PO.new_empty(0) if h is None else h, dscale, dw, tuple(dz[j] for j in first_weights(layers)))
+
+
+def _wants_weights(call: Call, needs: Sequence[bool]) -> bool:
+    return any(needs[2 : 2 + len(call.weights.tensors)])
+
+
+def gradients(call: Call, layers: Sequence[Layer], carried: Carried, needs: Sequence[bool], plan: Plan) -> list[Any]:
+    """Gradients in call.parameters() order."""
+    grads = empty_grads(call, needs)
+    num_weights = len(call.weights.tensors)
+    split, (hidden, last) = 2 + num_weights, layers[-2:]
     changes = layers[0] if len(layers) > 2 else None
-    grad, share = grad.contiguous(), call.top_k if call.combined else 1
-    found = _reverse(call, hidden, last, grad, share, z, plan, wants_h=any(needs[2:split]))
-    if found.dscale is not None and last.biases:
-        _bias_of_last(call, last, grad, share, found.dscale, plan)
+    dz = dict(zip(first_weights(layers), carried.dz, strict=True))
     if call.combined and call.combine_weights is not None and needs[-1]:
-        _to_slots(found.dscale, plan, grads[-1])
+        grads[-1].copy_(carried.dscale)
     if needs[1]:
-        if found.dw is None:
-            grads[1].zero_()
-        else:
-            _to_slots(found.dw, plan, grads[1])
+        grads[1].copy_(carried.dw) if hidden.reads_w else grads[1].zero_()
     x_TH = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
-    weight_grads = grads[2:split]
-    if found.h is not None:
-        read = (x_TH, call.top_k) if changes is None else (launch.spread(x_TH, plan, call.top_k, changes, _route_w(call)), 0)
-        _weight(call, last, last.products[0].of, (found.h, 0), (grad, share), weight_grads, plan)
-        for j, dz in found.dz.items():
-            _weight(call, hidden, j, read, (dz, 0), weight_grads, plan)
-    bias_grads, wanted = grads[2 + num_weights :], needs[2 + num_weights :]
+    if _wants_weights(call, needs):
+        _weight(call, last, last.products[0].of, carried.h, carried.grad, grads[2:split], plan)
+        read_PH = _cleared(launch.spread(x_TH, plan, call.top_k, changes, _route_w(call) if changes is not None else None), plan)
+        for j, each in dz.items():
+            _weight(call, hidden, j, read_PH, each, grads[2:split], plan)
+        del read_PH
+    bias_grads, wanted = grads[split:], needs[split:]
     for j in {each.of for each in hidden.biases}:
-        _bias(call, j, (_rows_of_bias(hidden, j, found.dz), 0), None, bias_grads, wanted, plan)
-    for each in last.biases:
-        _bias(call, each.of, (grad, share), _scale(call), bias_grads, wanted, plan)
+        _bias(call, j, _rows_of_bias(hidden, j, dz), None, bias_grads, wanted, plan)
+    for bias in last.biases:
+        _bias(call, bias.of, carried.grad, _scale(call), bias_grads, wanted, plan)
     if needs[0] or (changes is not None and needs[1]):
-        drows_PH = _rows(call, hidden, found.dz, plan)
-        if changes is None:
-            grads[0].copy_(launch.add_up(drows_PH, plan, None, call.x.shape[0], call.top_k, call.x.dtype))
-        else:
-            _through_changes(call, changes, x_TH, drows_PH, plan, grads, needs)
+        _rows_gradients(call, hidden, changes, x_TH, dz, plan, grads, needs)
     return grads
+
+
+def _rows_gradients(
+    call: Call, hidden: Layer, changes: Layer | None, x_TH: Any, dz: Mapping[int, Any], plan: Plan, grads: list[Any], needs: Sequence[bool]
+) -> None:
+    """Of x, and of w where rows were changed before their product."""
+    drows_PH = _rows(call, hidden, dz, plan)
+    if changes is not None:
+        _through_changes(call, changes, x_TH, drows_PH, plan, grads, needs)
+        return
+    into = grads[0] if grads[0].is_contiguous() else None
+    dx_TH = launch.add_up(drows_PH, plan, None, call.x.shape[0], call.top_k, call.x.dtype, into)
+    if into is None:
+        grads[0].copy_(dx_TH)
 
 
 def _through_changes(call: Call, changes: Layer, x_TH: Any, drows_PH: Any, plan: Plan, grads: list[Any], needs: Sequence[bool]) -> None:
@@ -139,37 +195,37 @@ def _route_w(call: Call) -> Any:
     return None if call.topk_weights is None else call.topk_weights.contiguous()
 
 
-def _reverse(call: Call, hidden: Layer, last: Layer, grad: Any, share: int, z: Mapping[int, Any], plan: Plan, wants_h: bool) -> Reversed:
+def _cleared(rows_PH: Any, plan: Plan) -> Any:
+    launch.clear_padding(rows_PH, plan)
+    return rows_PH
+
+
+def _through_epilogue(
+    call: Call, hidden: Layer, last: Layer, dh_PI: Any, z: Mapping[int, Any], plan: Plan, wants_h: bool
+) -> tuple[Any, dict[int, Any], Any, Any]:
+    """(h times the scale or None, dz by weight, each row's gradients of the scale and of w, float32 [P] or None)."""
     from .backward_gemm import reverse_kernel
     from .epilogue import adjoint_of
 
-    padded, device = plan.slots.shape[0], grad.device
-    t = configs.reverse_tiles(plan.block_rows, hidden.width, grad.shape[1], last.operand.itemsize)
-    num_tiles = -(-hidden.width // t.cols)
+    padded, device = dh_PI.shape[0], dh_PI.device
+    t = configs.reverse_rows(plan.block_rows, hidden.width)
     dz = {j: torch.empty((padded, each.shape[1]), dtype=hidden.operand, device=device) for j, each in z.items()}
-    h = torch.empty((padded, hidden.width), dtype=last.operand, device=device) if wants_h else None
+    h = None if not wants_h else dh_PI if t.in_place and dh_PI.dtype == last.operand else torch.empty_like(dh_PI, dtype=last.operand)
     scale = _scale(call)
-    wanted = (scale is not None, hidden.reads_w)
-    per_tile = [torch.zeros((num_tiles, padded), dtype=torch.float32, device=device) if each else None for each in wanted]
+    per_row = [torch.empty(padded, dtype=torch.float32, device=device) if each else None for each in (scale is not None, hidden.reads_w)]
     if padded:
-        w = launch.weights_of(_turned(last), call.weights, t, turned=True)
         b, b_strides = biases_of(hidden, call.biases)
         first, second = hidden.products[0].of, hidden.products[-1].of
         two = len(hidden.products) > 1
-        route_w = call.topk_weights.contiguous() if hidden.reads_w else plan.slots
-        programs = min(padded // plan.block_rows * num_tiles, 4 * processors(device))
+        programs = min(padded // t.rows, t.each * processors(device))
         reverse_kernel[(programs,)](
-            grad, w.operands[0], *b, route_w, scale, z[first], z[second] if two else None, dz[first], dz[second] if two else None, h,
-            *per_tile,
-            plan.slots, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, call.offsets, num_tiles, programs, padded,
-            grad.shape[1], hidden.width, grad.stride(0), *w.strides[:3], *b_strides, z[first].stride(0), z[second].stride(0), hidden.width,
-            *columns(hidden), ADJOINT=adjoint_of(hidden), READS_W=hidden.reads_w, BIASES=len(hidden.biases), SHARE=share,
-            W_FROM=w.source, W_TYPE=type_of(w.dtype), DTYPE=multiplied(last.operand, device), TRANSPOSED=w.transposed,
-            EVEN=grad.shape[1] % t.depth == 0, PRECISION=PRECISION.get(last.operand, "tf32"), BM=t.rows, BN=t.cols, BK=t.depth,
-            GROUP=t.group, num_warps=t.warps, num_stages=t.stages,
+            dh_PI, *b, call.topk_weights.contiguous() if hidden.reads_w else plan.slots, scale, z[first], z[second] if two else None,
+            dz[first], dz[second] if two else None, h, *per_row, plan.slots, plan.blocks, plan.num_blocks, plan.counts, plan.firsts,
+            call.offsets, programs, hidden.width, dh_PI.stride(0), *b_strides, z[first].stride(0), z[second].stride(0), *columns(hidden),
+            ADJOINT=adjoint_of(hidden), READS_W=hidden.reads_w, BIASES=len(hidden.biases), BM=plan.block_rows, ROWS=t.rows, BLOCK=t.cols,
+            num_warps=t.warps,
         )  # fmt: skip
-    dscale, dw = (None if each is None else each.sum(0) for each in per_tile)
-    return Reversed(dz, h, dscale, dw)
+    return h, dz, per_row[0], per_row[1]
 
 
 def _turned(layer: Layer, j: int | None = None) -> Layer:
@@ -178,10 +234,11 @@ def _turned(layer: Layer, j: int | None = None) -> Layer:
     return Layer(layer.operand, (Columns(of, 0, 1),), (), False, 0, layer.operand, (), "p0")
 
 
-def _to_slots(values_P: Any, plan: Plan, out_TK: Any) -> None:
+def _to_slots(values_P: Any, plan: Plan, call: Call) -> Any:
+    """float32 [T, K] of what stands in the plan's rows, 0 for slots without one."""
     rows = plan.rows.long()
     found = values_P.index_select(0, rows.clamp(min=0)) if values_P.numel() else values_P.new_zeros(rows.shape)
-    out_TK.copy_(torch.where(rows >= 0, found, 0).view(out_TK.shape))
+    return torch.where(rows >= 0, found, 0).view(call.x.shape[0], call.top_k)
 
 
 def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan) -> Any:
@@ -193,8 +250,8 @@ def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan) -> Any:
     return total
 
 
-def _weight(call: Call, layer: Layer, j: int, rows: tuple[Any, int], grad: tuple[Any, int], grads: Sequence[Any], plan: Plan) -> None:
-    """Weight j's gradient rows.T @ grad for each expert, into its place in grads. Each with its share: 0 for [P, .], else slots a row."""
+def _weight(call: Call, layer: Layer, j: int, rows_P: Any, grad_P: Any, grads: Sequence[Any], plan: Plan) -> None:
+    """Weight j's gradient rows.T @ grad for each expert, into its place in grads. Padding is zero in one of both, and finite."""
     from .backward_gemm import weight_kernel
 
     slot = call.weights.slots[j]
@@ -202,21 +259,33 @@ def _weight(call: Call, layer: Layer, j: int, rows: tuple[Any, int], grad: tuple
     if not any(each.numel() for each in own):
         return
     like = next(each for each in own if each.numel())
-    own = launch.alike([each if each.numel() else torch.empty_like(like) for each in own]) if not slot.stacked else own
+    own = launch.alike([each if each.numel() else torch.empty_like(like) for each in own]) if not slot.stacked else _rows_whole(own)
     (fan_in, fan_out), (_, stride_in, stride_out) = call.weights.fan(j), launch.strides_of(slot, own[0])
-    t = configs.weight_tiles(fan_in, fan_out, layer.operand.itemsize)
-    tiles_a, tiles_b, experts = -(-fan_in // t.rows), -(-fan_out // t.cols), plan.counts.shape[0]
-    programs = min(experts * tiles_a * tiles_b, 4 * processors(plan.counts.device))
+    sides = [(rows_P, fan_in, stride_in), (grad_P, fan_out, stride_out)]
+    if stride_in == 1:  # the kernel's columns are next to each other in the gradient
+        sides.reverse()
+    (a, high, stride), (b, wide, _) = sides
+    t = configs.weight_tiles(high, wide, layer.operand.itemsize, plan.block_rows)
+    tiles_a, tiles_b, experts, device = -(-high // t.rows), -(-wide // t.cols), plan.counts.shape[0], plan.counts.device
+    boxed = [launch.describable(each, each.dtype) for each in (a, b)]
+    programs = min(experts * tiles_a * tiles_b, t.each * processors(device))
     weight_kernel[(programs,)](
-        rows[0], grad[0], own[0] if slot.stacked else launch.table(own), plan.slots, plan.counts, plan.firsts, fan_in, fan_out, tiles_a,
-        tiles_b, programs, rows[0].stride(0), grad[0].stride(0), own[0].stride(0) if slot.stacked else 0, stride_in, stride_out, E=experts,
-        SHARE_A=rows[1], SHARE_B=grad[1], OUT_FROM="stack" if slot.stacked else "table", OUT_TYPE=type_of(own[0].dtype),
-        DTYPE=multiplied(layer.operand, plan.counts.device), PRECISION=PRECISION.get(layer.operand, "tf32"), BM=t.rows, BN=t.cols,
-        BK=t.depth, num_warps=t.warps, num_stages=t.stages,
+        descriptor(a, [t.depth, t.rows]) if boxed[0] else a, descriptor(b, [t.depth, t.cols]) if boxed[1] else b,
+        own[0] if slot.stacked else launch.table(own), plan.counts, plan.firsts, high, wide, tiles_a, tiles_b, programs, experts,
+        a.stride(0), b.stride(0), own[0].stride(0) if slot.stacked else 0, stride, A_FROM="tma" if boxed[0] else "rows",
+        B_FROM="tma" if boxed[1] else "rows", OUT_FROM="stack" if slot.stacked else "table", OUT_TYPE=type_of(own[0].dtype),
+        DTYPE=multiplied(layer.operand, device), PRECISION=PRECISION.get(layer.operand, "tf32"), BM=t.rows, BN=t.cols, BK=t.depth,
+        FLAT=t.flat, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     for given, written in zip(grads[slot.first : slot.first + slot.num], own, strict=True):
         if given.numel() and given is not written:
             given.copy_(written)
+
+
+def _rows_whole(own: Sequence[Any]) -> list[Any]:
+    """The stacked gradient, or another in its place where neither inputs nor outputs are next to each other."""
+    (only,) = own
+    return [only if 1 in only.stride()[1:] else torch.empty(only.shape, dtype=only.dtype, device=only.device)]
 
 
 def _scale(call: Call) -> Any:
@@ -224,14 +293,14 @@ def _scale(call: Call) -> Any:
     return call.combine_weights.contiguous() if call.combined and call.combine_weights is not None else None
 
 
-def _bias_of_last(call: Call, last: Layer, grad: Any, share: int, dscale_P: Any, plan: Plan) -> None:
+def _bias_of_last(call: Call, last: Layer, grad_PO: Any, dscale_P: Any, plan: Plan) -> None:
     """What the last layer's bias adds to the gradient of scale."""
     from .backward_gemm import bias_dot_kernel
 
     (bias, _), (stride, _) = biases_of(last, call.biases)
-    if plan.slots.shape[0]:
+    if plan.blocks.shape[0]:
         bias_dot_kernel[(plan.blocks.shape[0],)](
-            grad, bias, dscale_P, plan.slots, plan.blocks, plan.num_blocks, grad.shape[1], grad.stride(0), stride, SHARE=share,
+            grad_PO, bias, dscale_P, plan.slots, plan.blocks, plan.num_blocks, grad_PO.shape[1], grad_PO.stride(0), stride,
             BM=plan.block_rows, BLOCK=64,
         )  # fmt: skip
 
@@ -244,17 +313,17 @@ def _rows_of_bias(hidden: Layer, j: int, dz: Mapping[int, Any]) -> Any:
     return dz[product.of]
 
 
-def _bias(call: Call, j: int, rows: tuple[Any, int], scale: Any, grads: Sequence[Any], needs: Sequence[bool], plan: Plan) -> None:
-    """Bias j's gradient: the sum over an expert's rows, each times its scale. rows with their share, as for _weight."""
+def _bias(call: Call, j: int, rows_P: Any, scale: Any, grads: Sequence[Any], needs: Sequence[bool], plan: Plan) -> None:
+    """Bias j's gradient: the sum over an expert's rows, each times its scale."""
     from .backward_gemm import column_kernel
 
     slot = call.biases.slots[j]
     if not any(needs[slot.first : slot.first + slot.num]):
         return
-    whole = torch.empty((plan.counts.shape[0], rows[0].shape[1]), dtype=torch.float32, device=plan.counts.device)
+    whole = torch.empty((plan.counts.shape[0], rows_P.shape[1]), dtype=torch.float32, device=plan.counts.device)
     block = 128
     column_kernel[(whole.shape[0], -(-whole.shape[1] // block))](
-        rows[0], scale, whole, plan.slots, plan.counts, plan.firsts, whole.shape[1], rows[0].stride(0), whole.stride(0), SHARE=rows[1],
+        rows_P, scale, whole, plan.slots, plan.counts, plan.firsts, whole.shape[1], rows_P.stride(0), whole.stride(0),
         BK=32, BLOCK=block,
     )  # fmt: skip
     for at, part in enumerate([whole] if slot.stacked else whole.unbind(0), slot.first):

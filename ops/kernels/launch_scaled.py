@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from moe_compile.ops.layout import Params
+from moe_compile.ops.quantized import BLOCK, LONGEST_ROW, ROWS_TOO, Quantized
 
-from . import configs_scaled
-from .launch import ALIGNMENT, PRECISION, biases_of, columns, describable, descriptor, multiplied, processors, spread, starts_early, two
+from . import configs_scaled, launch_batched
+from .launch import (
+    ALIGNMENT,
+    PRECISION,
+    biases_of,
+    columns,
+    describable,
+    descriptor,
+    in_turn,
+    multiplied,
+    spread,
+    starts_early,
+    two,
+)
 from .layers import Layer
 from .plan import Plan
-from .quantized import BLOCK, ROWS_TOO, Quantized, check
 from .tiles import Shape, Tiles
 
 E4M3 = torch.float8_e4m3fn
-LONGEST_ROW = 1 << 15  # of what a program quantises with one scale
 RUNS = {"int4": 4, "fp4": 4}
-KINDS = {"fp8_block": "fp8", "fp8_channel": "fp8", "mxfp4": "fp4", "int8": "int8", "int4": "int4"}
+# what a kernel multiplies: "fp8" with rows in e4m3, the others as the rows' type
+KINDS = {
+    "fp8_block": "fp8", "fp8_channel": "fp8", "fp8_block_w": "e4m3", "fp8_channel_w": "e4m3", "mxfp4": "fp4", "int8": "int8",
+    "int4": "int4",
+}  # fmt: skip
 
 
 class Rows(NamedTuple):
@@ -74,9 +90,16 @@ def block_rows(layers: tuple[Layer, ...], weights: list[Quantized], slots: int, 
     return configs_scaled.block_rows(shape, own.kind, own.form == "pairs")
 
 
+def on_a_gpu(device: Any) -> bool:
+    """Not in Triton's interpreter, which takes no assembly."""
+    return bool(device.type == "cuda")
+
+
 # ---------------------------------------------------------------- rows
 def enter(first: Operands, layer: Layer, x_TH: Any, x_scales: Any, changed: Layer | None, route_w: Any, top_k: int, plan: Plan) -> Rows:
-    """x as the first layer reads it: in sorted order, but for int8 and few rows. changed: a layer without products before."""
+    """x as the first layer reads it: in sorted order, but for few rows and weights of a byte. changed: a layer without products before."""
+    if plan.in_place and changed is None and first.per == 1:
+        return _in_place(first, x_TH, x_scales, plan)
     if x_scales is not None:
         return _take(x_TH, x_scales, top_k, plan)
     if first.kind == "fp8":
@@ -88,6 +111,18 @@ def enter(first: Operands, layer: Layer, x_TH: Any, x_scales: Any, changed: Laye
     if plan.block_rows >= 64 and describable(x_TH, layer.operand):
         return Rows(spread(x_TH, plan, top_k), None, "none")
     return Rows(x_TH, None, "none", gather=True)
+
+
+def _in_place(first: Operands, x_RH: Any, x_scales: Any, plan: Plan) -> Rows:
+    """Rows of the batched format where they are, those within the counts quantised for e4m3 weights."""
+    if x_scales is None and first.kind != "fp8":
+        return Rows(x_RH, None, "none")
+    grouped = (first.mode == "step" or x_RH.shape[1] > LONGEST_ROW) if x_scales is None else x_scales.shape[1] > 1
+    if x_scales is None:
+        x_RH, scales = launch_batched.quantize(x_RH, grouped, plan)
+    else:
+        scales = launch_batched.turn_scales(x_scales, plan) if grouped else x_scales.reshape(1, -1)
+    return Rows(x_RH, scales, "step") if grouped else Rows(x_RH, scales.view(-1), "once")
 
 
 def _quantize(x_TH: Any, grouped: bool, changed: Layer | None, dtype: torch.dtype, route_w: Any, top_k: int, plan: Plan) -> Rows:
@@ -106,7 +141,7 @@ def _quantize(x_TH: Any, grouped: bool, changed: Layer | None, dtype: torch.dtyp
         quantize_kernel[(tokens, -(-hidden // block))](
             x_TH, plan.rows, plan.rows if route_w is None else route_w, out, scales, hidden, total, x_TH.stride(0), K=top_k,
             EPILOGUE=None if changed is None else epilogue_of(changed), READS_W=changed is not None and changed.reads_w,
-            DTYPE=multiplied(dtype, x_TH.device), GROUP=BLOCK if grouped else block, BLOCK=block, BY_HAND=x_TH.device.type == "cpu",
+            DTYPE=multiplied(dtype, x_TH.device), GROUP=BLOCK if grouped else block, BLOCK=block, BY_HAND=not on_a_gpu(x_TH.device),
             num_warps=max(1, min(8, block // 512)),
         )  # fmt: skip
     return Rows(out, scales, "step") if grouped else Rows(out, scales.view(-1), "once")
@@ -160,8 +195,9 @@ def _layer(
     out = _room(layer, follows, plan)
     if not out.values.numel():
         return out
-    shape = Shape(plan.rows.shape[0], plan.counts.shape[0], own.inner, layer.width, len(layer.products), layer.operand.itemsize)
+    shape = Shape(plan.likely, plan.counts.shape[0], own.inner, layer.width, len(layer.products), layer.operand.itemsize)
     t = configs_scaled.tiles(shape, plan.block_rows, own.kind, own.form == "pairs", out.scales is not None)
+    t = replace(t, persistent=t.persistent or plan.sparse)
     key = layer, own.kind, t, out.values.device
     chosen: Tiles | None = _smaller.get(key, t)
     while chosen is not None:
@@ -202,7 +238,7 @@ def _launch(
     early = t.early and starts_early(device)
     form = "twin" if t.half and own.form == "one" else own.form
     num_tiles = -(-limit // (2 * t.cols if form == "twin" else t.cols))
-    programs = processors(device) if t.persistent else out.values.shape[0] // plan.block_rows * num_tiles
+    programs = in_turn(t, layer, plan, device) if t.persistent else plan.blocks.shape[0] * num_tiles
     wide = t.cols * (2 if own.form == "pairs" else 1)
     a = descriptor(rows.values, [t.rows, t.depth]) if described else rows.values
     w = [_box(own, value, wide, run_of) for value in own.values] if boxed else own.values
@@ -216,7 +252,7 @@ def _launch(
         A_FROM="gather" if rows.gather else "tma" if described else "rows", W_FROM="tma" if boxed else "stack", W_TYPE=None,
         DTYPE=multiplied(layer.operand, device), FORM=form, TRANSPOSED=own.transposed, SWAP=t.swap,
         EVEN=inner % t.depth == 0 and own.units % run_of == 0, PRECISION=PRECISION.get(layer.operand, "tf32"),
-        ASSEMBLY=device.type == "cuda", OUT="fp8" if out.scales is not None else "plain", RUNS=runs, STORE="tma" if stored else "ptr",
+        ASSEMBLY=on_a_gpu(device), OUT="fp8" if out.scales is not None else "plain", RUNS=runs, STORE="tma" if stored else "ptr",
         BM=t.rows, BN=t.cols, BK=t.depth, GROUP=t.group, PERSISTENT=t.persistent, num_warps=t.warps, num_stages=t.stages,
         EARLY=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
@@ -253,10 +289,8 @@ def _box(own: Operands, value: Any, wide: int, units: int) -> Any:
 
 # ---------------------------------------------------------------- weights
 def operands_of(layer: Layer, weights: list[Quantized]) -> Operands:
-    """Where the layer's weights and scales lie."""
+    """Where the layer's weights and scales lie; that they are what their kind says, layout.Params has seen to."""
     first, second = (weights[each.of] for each in two(layer.products))
-    for name, q in (("first", first), ("second", second)):
-        check(q, f"{name} weight of a layer")
     if (first.kind, first.axes, first.fan[0], first.grouped) != (second.kind, second.axes, second.fan[0], second.grouped):
         raise ValueError(f"both weights of a layer must be quantised alike, got {_words(first)} and {_words(second)}")
     inner = first.fan[0]
@@ -269,7 +303,7 @@ def operands_of(layer: Layer, weights: list[Quantized]) -> Operands:
     return Operands(
         KINDS[first.kind], _form(layer, first), values, (*_strides(values[0], first.axes), *_strides(values[1], first.axes)),
         (first.scales, second.scales), (*_scale_strides(first), *_scale_strides(second)), per, mode,
-        BLOCK if first.kind == "fp8_block" else 1, first.axes == "io", inner, -(-inner // per), -(-inner // group),
+        BLOCK if first.stored == "fp8_block" else 1, first.axes == "io", inner, -(-inner // per), -(-inner // group),
     )  # fmt: skip
 
 
@@ -310,7 +344,7 @@ def _strides(value: Any, axes: str) -> tuple[int, int, int]:
 
 def _scale_strides(q: Quantized) -> tuple[int, int, int]:
     """(expert, in, out), in 0 where each output has one scale."""
-    if q.kind == "fp8_channel":
+    if q.stored == "fp8_channel":
         return q.scales.stride(0), 0, q.scales.stride(1)
     expert, inner, outer = _strides(q.scales, q.axes)
     return expert, inner if q.grouped else 0, outer

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from moe_compile.ops.layout import Params
+from moe_compile.ops.quantized import BLOCK, MX_BLOCK, Quantized
 
 from . import configs_scaled
 from .launch import biases_of, columns, starts_early, type_of
-from .launch_scaled import Operands, operands_of
+from .launch_scaled import Operands, on_a_gpu, operands_of
 from .layers import Layer
-from .quantized import BLOCK, MX_BLOCK, Quantized
 
 
 def run(
@@ -75,13 +75,13 @@ def _common(
     per_group = (MX_BLOCK if own.mode == "inner" else BLOCK) // own.per
     cols, groups, warps = configs_scaled.strip(own.units, per_group, own.values[0].element_size(), own.transposed, last)
     names = ("START0", "STEP0", "START1", "STEP1", "BSTART0", "BSTEP0", "BSTART1", "BSTEP1")
-    on_gpu = rows.device.type == "cuda"
+    on_gpu = on_a_gpu(rows.device)
     fixed = {
         **dict(zip(names, columns(layer), strict=True)), "EPILOGUE": epilogue_of(layer), "READS_W": layer.reads_w,
         "BIASES": len(layer.biases), "PRODUCTS": len(layer.products), "KIND": own.kind, "PER": own.per, "W_SCALES": own.mode,
         "OUT_BLOCK": own.out_block, "BN": cols, "G": groups, "Q": per_group, "EVEN": own.units % (groups * per_group) == 0,
         "FAST": on_gpu and own.per == 4, "num_warps": warps,
-        "DTYPE": type_of(torch.bfloat16 if on_gpu and (own.per == 4 or own.kind == "int8") else torch.float32),
+        "DTYPE": type_of(torch.bfloat16 if on_gpu and (own.per == 4 or own.kind in ("int8", "e4m3")) else torch.float32),
     }  # fmt: skip
     sizes = num_experts, own.inner, own.units, own.steps, layer.width, rows.stride(0), *own.strides, *own.scale_strides, *b_strides
     return (rows, *own.values, *own.scales, *b), sizes, fixed

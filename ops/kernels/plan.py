@@ -1,6 +1,7 @@
 """Where the slots' rows stand when they are sorted by expert and each block of rows has one expert: found on the device, without a sort.
 
-Three ways by the number of slots N, all stable (slots of an expert keep their order), so results are the same bits each time:
+Rows of the batched format, [E, capacity, H] with counts, stay where they are: one small kernel finds their blocks (plan_of_counts).
+Of ids there are three ways by the number of slots N, all stable (slots of an expert keep their order), so results are the same bits:
 one launch      every program counts all slots for itself, then places a few blocks; programs share nothing, so nothing is cleared before
 two launches    chunks of slots are counted; then each chunk adds up the counts of all chunks and places its slots
 three launches  the same with the counts added up between the two, once chunks are many
@@ -19,6 +20,9 @@ import torch
 
 MAX_EXPERTS = 1024  # vectors over all experts stand in registers
 MAX_BLOCK_ROWS = 1024
+SPARE = 2  # times the likely number of blocks, beyond which programs take tiles in turn
+KEPT_BLOCK = 128  # rows of the largest blocks in training
+LEAST_ROWS = 16  # of a block that GEMMs have tiles for
 MAX_SLOTS = 2**31 - 1  # slots are int32
 MAX_ROWS = 2**31 - 2048  # so that no sum with a block's rows, or with the blocks of a program, passes 2**31 - 1
 MAX_ONE_LAUNCH = 1 << 14  # what the packed words of plan_kernels._ends can count
@@ -27,7 +31,7 @@ ALIGN = 32  # int32 words: each tensor of a plan starts on a cache line of its o
 
 
 class Plan(NamedTuple):
-    """Device tensors of one sorted call, P = blocks_bound(N, E, block_rows) * block_rows."""
+    """Device tensors of one sorted call, P = blocks_bound(N, E, block_rows) * block_rows; of plan_of_counts: as it says."""
 
     slots: Any  # int32 [P]: slot n = t*K + k of each padded row, -1 in rows without one (also in those behind the last block)
     rows: Any  # int32 [N]: row of each slot, -1 without an expert, or left out of the order
@@ -38,6 +42,18 @@ class Plan(NamedTuple):
     block_rows: int
     order: Any = None  # int64 [N] and offsets int32 [E] as sort_ids gives them, where plan_of_ids was asked for them
     offsets: Any = None
+    in_place: bool = False  # the rows of x are those of the plan, so slots and rows are one tensor: n, or -1
+    expected: int = 0  # slots that tiles are chosen by; 0: all
+
+    @property
+    def likely(self) -> int:
+        """Slots that tiles are chosen by."""
+        return self.expected or int(self.rows.shape[0])
+
+    @property
+    def sparse(self) -> bool:
+        """Can there be many more blocks than are likely, so that a program for each would mostly start for nothing?"""
+        return self.in_place and self.blocks.shape[0] > SPARE * (min(self.counts.shape[0], self.likely) + self.likely // self.block_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +118,58 @@ def sort_ids(ids_TK: Any, num_experts: int) -> tuple[Any, Any]:
     return new["order"], new["offsets"]
 
 
-def plan_of_order(order_N: Any, offsets_E: Any, num_slots: int, block_rows: int) -> Plan:
-    """A plan from sort_ids' results, or from an order that leaves out slots without an expert (which ones is not known here)."""
+def kept_rows(slots: Any, num_experts: int) -> Any:
+    """P that is enough for blocks of any number of rows up to KEPT_BLOCK, of which the host may know the slots as a symbol alone."""
+    hit = torch.sym_min(slots, num_experts)
+    return ((slots - hit) // KEPT_BLOCK + hit) * KEPT_BLOCK
+
+
+def plan_of_order(order_N: Any, offsets_E: Any, num_slots: int, block_rows: int, *, room: int = 0) -> Plan:
+    """A plan from sort_ids' results, or from an order that leaves out slots without an expert (which ones is not known here).
+
+    room: rows that P shall have at least, a multiple of block_rows (kept_rows).
+    """
     _check_order(order_N, offsets_E, num_slots)
     order, offsets = order_N.contiguous(), offsets_E.contiguous()
     given, num_experts = order.shape[0], offsets.shape[0]
-    plan = _new_plan(given, num_slots, num_experts, block_rows, order.device)
+    plan = _new_plan(given, num_slots, num_experts, block_rows, order.device, room)
     if given < num_slots:
         plan.rows.fill_(-1)
     if given:
         _fill(plan, order, offsets, given == num_slots)
     return plan
+
+
+def plan_of_counts(counts_E: Any, capacity: int, block_rows: int, *, expected: int = 0, most: int | None = None) -> Plan:
+    """A plan of rows [E * capacity] of the batched format: expert e's are its first counts[e] (int32) from e * capacity on.
+
+    They are computed in place where a block fits into the capacity: P = N = E * capacity. The last block of an expert begins early enough
+    to end within its capacity, so it may share rows with the block before; both compute the same for them. Where a block is
+    larger, each expert has one, and rows are read through slots: P = E * block_rows.
+    expected: slots that tiles are chosen by; most: what all counts come to at the most. Neither changes a result.
+    """
+    _check_counts(counts_E, capacity, block_rows)
+    num_experts, in_place = counts_E.shape[0], capacity >= block_rows or not capacity
+    places, room = num_experts * capacity, capacity if in_place else block_rows
+    _check_places(num_experts * max(room, capacity), num_experts, capacity, block_rows)
+    slots = places if most is None else max(0, min(most, places))
+    bound = min(num_experts * -(-capacity // block_rows), blocks_bound(slots, num_experts, block_rows))
+    sizes = (0 if in_place else num_experts * room, places, 2 * bound, 1, num_experts, num_experts)
+    views = _split(sizes, counts_E.device, zero=not places)
+    plan = Plan(
+        views[1] if in_place else views[0], views[1], views[2].view(bound, 2), views[3], views[4], views[5], block_rows,
+        in_place=in_place, expected=expected,
+    )  # fmt: skip
+    if places:
+        _find_in_place(plan, counts_E.contiguous(), capacity, room)
+    return plan
+
+
+def block_within(block_rows: int, capacity: int) -> int:
+    """Rows of blocks that fit into an expert's capacity, if any of at least 16 do."""
+    while block_rows > capacity and block_rows > LEAST_ROWS:
+        block_rows //= 2
+    return block_rows
 
 
 # What is given
@@ -142,6 +199,29 @@ def _check_order(order: Any, offsets: Any, num_slots: int) -> None:
     _check_slots(num_slots)
 
 
+def _check_counts(counts: Any, capacity: int, block_rows: int) -> None:
+    if counts.dim() != 1 or counts.dtype != torch.int32:
+        raise ValueError(f"counts must be int32 [E], got {counts.dtype} {list(counts.shape)}; take those that the exchange brought")
+    if capacity < 0:
+        raise ValueError(f"capacity must be at least 0, got {capacity}")
+    _check_device("counts", counts)
+    _check_experts(counts.shape[0])
+    _check_block_rows(block_rows)
+
+
+def _check_places(places: int, num_experts: int, capacity: int, block_rows: int) -> None:
+    if places > MAX_ROWS:
+        raise ValueError(
+            f"{num_experts} experts with a capacity of {capacity} in blocks of block_rows={block_rows} are {places} rows, more than "
+            f"{MAX_ROWS}; give them less capacity"
+        )
+
+
+def _check_block_rows(block_rows: int) -> None:
+    if not 1 <= block_rows <= MAX_BLOCK_ROWS:
+        raise ValueError(f"block_rows must be 1 to {MAX_BLOCK_ROWS}, got {block_rows}")
+
+
 def _check_device(name: str, tensor: Any) -> None:
     if tensor.device.type in ("cpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{name} must be on a GPU, is on {tensor.device}; on other devices use quantize_dispatch.counting_sort")
@@ -160,11 +240,10 @@ def _check_slots(slots: int) -> None:
 # What is made
 
 
-def _new_plan(given: int, slots: int, num_experts: int, block_rows: int, device: Any) -> Plan:
+def _new_plan(given: int, slots: int, num_experts: int, block_rows: int, device: Any, room: int = 0) -> Plan:
     """A plan of `slots` slots of which `given` can have an expert; undefined if there are any, else that of no slots."""
-    if not 1 <= block_rows <= MAX_BLOCK_ROWS:
-        raise ValueError(f"block_rows must be 1 to {MAX_BLOCK_ROWS}, got {block_rows}")
-    bound = blocks_bound(given, num_experts, block_rows)
+    _check_block_rows(block_rows)
+    bound = max(blocks_bound(given, num_experts, block_rows), room // block_rows)
     if bound * block_rows > MAX_ROWS:
         raise ValueError(
             f"{given} slots of {num_experts} experts in blocks of block_rows={block_rows} can need {bound * block_rows} rows, more than "
@@ -274,6 +353,21 @@ def _fills(bound: int, block_rows: int, padded: int) -> tuple[int, int]:
     """(blocks that one program fills, programs)."""
     at_once = max(4, min(TUNING.fill_rows // _power(block_rows), FOUND // padded))
     return at_once, -(-bound // at_once)
+
+
+def _find_in_place(plan: Plan, counts: Any, capacity: int, room: int) -> None:
+    """room: rows of an expert in the plan."""
+    from .plan_kernels import counts_kernel
+
+    padded, bound, places = _experts_padded(counts.shape[0]), _bound(plan), plan.rows.shape[0]
+    blocks_at_once, fills = _fills(bound, plan.block_rows, padded)
+    programs = max(fills, min(TUNING.programs, -(-max(places, plan.slots.shape[0]) // TUNING.fill_rows)))
+    with torch.cuda.device_of(counts):
+        counts_kernel[(programs,)](
+            counts, None if plan.in_place else plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, capacity,
+            room, bound, E=counts.shape[0], EP=padded, BR=plan.block_rows, NB=blocks_at_once, ROWS=_power(TUNING.fill_rows),
+            num_warps=TUNING.place_warps,
+        )  # fmt: skip
 
 
 def _fill(plan: Plan, order: Any, offsets: Any, whole: bool) -> None:

@@ -288,3 +288,47 @@ def fill_kernel(
             slot = tl.load(order + place, mask=place < L, other=-1)
             tl.store(slot_rows + slot, tl.full([REST], -1, tl.int32), mask=(slot >= 0) & (slot < N))
             first += tl.num_programs(0) * REST
+
+
+# From counts: rows that lie in the batched format
+
+
+@triton.jit
+def _mapped(of, counts, size, FROM, TO, ROWS: tl.constexpr):
+    """of [size]: the place among TO rows an expert of each place among FROM rows an expert, -1 where the expert has none."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    while first < size:
+        p = first + tl.arange(0, ROWS)
+        inside = p < size
+        e = tl.where(inside, p // FROM, 0)
+        held = tl.minimum(tl.load(counts + e, mask=inside, other=0), tl.minimum(FROM, TO))
+        place = p - e * FROM
+        tl.store(of + p, tl.where(place < held, e * TO + place, -1).to(tl.int32), mask=inside)
+        first += tl.num_programs(0) * ROWS
+
+
+@triton.jit(do_not_specialize=["C", "S", "B"])
+def counts_kernel(
+    given, slots, slot_rows, blocks, num_blocks, counts, firsts, C, S, B, E: tl.constexpr, EP: tl.constexpr, BR: tl.constexpr,
+    NB: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A plan of the first given[e] of C rows an expert, which has S >= BR rows in the plan (in place: S == C, and slots is None).
+
+    NB blocks a program; each begins at most at S - BR, so that none reaches into the rows of the expert behind.
+    """
+    pid = tl.program_id(0)
+    e = tl.arange(0, EP)
+    counts_EP = tl.minimum(tl.maximum(tl.load(given + e, mask=e < E, other=0), 0), C)
+    if pid == 0:
+        _tell(counts_EP, None, counts, None, None, BR, E, EP)
+        tl.store(num_blocks, tl.minimum(tl.sum((counts_EP + (BR - 1)) // BR), B))
+        tl.store(firsts + e, e * S, mask=e < E)
+    b = pid * NB + tl.arange(0, NB)
+    expert, first, _, _ = _find_blocks(b, counts_EP, BR, EP)
+    inside = (b < B) & (expert < E)
+    entry = blocks + b.to(tl.int64) * 2
+    tl.store(entry, expert, mask=inside)
+    tl.store(entry + 1, expert * S + tl.minimum(first, S - BR), mask=inside)
+    _mapped(slot_rows, given, E * C.to(tl.int64), C, S, ROWS)
+    if slots is not None:
+        _mapped(slots, given, E * S.to(tl.int64), S, C, ROWS)

@@ -33,6 +33,17 @@ def spread_kernel(
 
 
 @triton.jit
+def clear_kernel(out, counts, firsts, WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in out [P, WIDTH] behind an expert's rows, up to the end of its blocks of ROWS. Grid (E, column blocks)."""
+    expert = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(counts + expert)
+    first = tl.load(firsts + expert).to(tl.int64)
+    for row in tl.range(count, (count + ROWS - 1) // ROWS * ROWS):
+        tl.store(out + (first + row) * WIDTH + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < WIDTH)
+
+
+@triton.jit
 def sum_kernel(
     y, rows, weights, out, WIDTH, stride_w, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip

@@ -248,7 +248,9 @@ def _tile(
     cols1 = tile_columns(n1, WIDTH, BN)
     at = a
     if A_FROM == "gather":
-        at = a + (tl.maximum(tl.load(slots + rows), 0) // TOP_K).to(tl.int64)[:, None] * stride_a
+        slot = tl.load(slots + rows)
+        slot = tl.where(slot < 0, tl.load(slots + row0), slot)  # as in grouped_gemm.py
+        at = a + (slot // TOP_K).to(tl.int64)[:, None] * stride_a
     elif A_FROM == "rows":
         at = a + rows.to(tl.int64)[:, None] * stride_a
     p0, p1 = _products(

@@ -63,7 +63,7 @@ def number(units, NTH: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, fa
     """Number NTH of each unit; of "fp4" times factor. FAST: of int16 into bfloat16, two at a time, by assembly."""
     if KIND == "fp8":
         found = units
-    elif KIND == "int8":
+    elif (KIND == "int8") | (KIND == "e4m3"):
         found = units.to(DTYPE)
     elif FAST:
         if KIND == "int4":

@@ -48,10 +48,25 @@ class Var(Expr):
 
 
 class Leaf:
-    """A tensor kept closed: one FX node, or a stack of nodes (one an expert).  Facts: integer range, distinct along the last dim."""
+    """A tensor kept closed: one FX node, or a stack of nodes (one an expert).
 
-    def __init__(self, nodes: list, shape: tuple, range: tuple | None = None, distinct: bool = False, integer: bool = False):
+    Facts: the range of routing ids, distinct along the last dim; limits of any integers; constant: the elements, where they are known;
+    dequantised: computed from quantised numbers.
+    """
+
+    def __init__(
+        self,
+        nodes: list,
+        shape: tuple,
+        range: tuple | None = None,
+        distinct: bool = False,
+        integer: bool = False,
+        limits: tuple | None = None,
+        constant: Any = None,
+        dequantised: bool = False,
+    ):
         self.nodes, self.shape, self.range, self.distinct, self.integer = nodes, shape, range, distinct, integer
+        self.limits, self.constant, self.dequantised = limits, constant, dequantised
 
     def __repr__(self) -> str:
         return self.nodes[0].name + (f"..x{len(self.nodes)}" if len(self.nodes) > 1 else "")

@@ -21,8 +21,8 @@ def is_int(e: Expr) -> bool:
         return isinstance(e.args[0], int) or float(e.args[0]).is_integer()
     if e.op == "load":
         return e.args[0].integer
-    if e.op in ("add", "mul", "sum", "floor", "where"):
-        return all(is_int(a) for a in e.args[(e.op == "sum") :])
+    if e.op in ("add", "mul", "sum", "floor", "where", "sel"):
+        return all(is_int(a) for a in e.args[(e.op in ("sum", "sel")) :])
     return e.op in BOOL or e.op in INDEX
 
 
@@ -33,7 +33,7 @@ def bounds(e: Expr) -> tuple[int, Size] | None:
     if isinstance(e, Var):
         return (0, e.size) if e.size is not None else None
     if e.op == "load":
-        return e.args[0].range
+        return e.args[0].range or e.args[0].limits
     if e.op == "mix":
         return (0, prod(e.args[1::2])) if all(inside(d, n) for d, n in pairs(e.args)) else None
     if e.op in ("perm", "inv"):

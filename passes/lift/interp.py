@@ -7,14 +7,16 @@ Everything before the decision is a leaf; what no rule covers becomes a leaf, to
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .algebra import unary
 from .expr import ZERO, Expr, Leaf, Refused, Var, const, raw
+from .quantized import NUMBERS
 from .rules import RULES
 from .sizes import shape_of, size_of
 from .value import Value
@@ -24,6 +26,9 @@ CONSTANTS = {
     "new_full", "scalar_tensor",
 }  # fmt: skip
 
+_VIEWS = {"view.default", "_unsafe_view.default", "reshape.default", "t.default", "transpose.int", "permute.default", "unsqueeze.default",
+          "squeeze.dim", "expand.default", "select.int", "slice.Tensor", "alias.default", "detach.default", "unbind.int"}  # fmt: skip
+LIMITS = {torch.uint8: (0, 256), torch.int8: (-128, 128)}
 _ROWS = ", and its rows depend on data"
 Facts = dict[Node, tuple[tuple[int, int], bool]]  # routing decision -> (range of its ids, distinct along the last dim)
 
@@ -51,13 +56,18 @@ class Interp:
     """Values of the nodes that come after the routing decision `ids`.
 
     `training`: gradients flow, so `detach` and `no_grad` are part of the meaning (the pointwise function `stop`).
+    `closed`: weights that are computed from quantised numbers are tensors like others, not looked into.
     """
 
-    def __init__(self, ids: Node, facts: Facts, training: bool = False):
+    def __init__(self, ids: Node, facts: Facts, training: bool = False, closed: bool = False):
         self.before, self.ids, self.facts, self.training = ancestors(ids), ids, facts, training
         self.memo: dict[Node, Any] = {}
         self.reasons: dict[Node, str] = {}
         self.sorts: dict[Any, str] = {}
+        self.constant: Callable[[Node], Any] = _no_constant  # the elements of a tensor that is a constant of the graph
+        self._constants: dict[Any, Leaf] = {}
+        self.closed = closed
+        self._numbers: dict[Node, tuple[bool, bool]] = {}  # is it computed from quantised numbers, from the ids?
 
     def all_hit(self, node: Node, mask: Value) -> None:
         """Only a probe (a later front end) knows more about a nonzero than its rule."""
@@ -81,6 +91,8 @@ class Interp:
         if isinstance(val, torch.SymInt | int) and (n := size_of(val)) is not None:
             return Value((), const(n) if isinstance(n, int) else raw("size", n))
         name = opname(node)
+        if self.closed and self._dequantises(node, name):
+            return self.leaf(node)
         if node.op != "call_function" or (node in self.before and name.split(".")[0] not in CONSTANTS):
             return self.leaf(node)
         if node.target is operator.getitem and node.args[0].op == "call_function" and opname(node.args[0]) in RULES:
@@ -93,6 +105,21 @@ class Interp:
             self.reasons[node] = f"no rule for {name}"
             return self.leaf(node)
         return self._apply(node, name)
+
+    def _dequantises(self, node: Node, name: str) -> bool:
+        """Is a node the floating-point result, before any view of it, of a computation on quantised numbers and no routing?"""
+        val = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(val, torch.Tensor) or not val.dtype.is_floating_point or name in _VIEWS:
+            return False
+        return self._sources(node) == (True, False)
+
+    def _sources(self, node: Node) -> tuple[bool, bool]:
+        if node not in self._numbers:
+            val = node.meta.get("val")
+            below = [self._sources(n) for n in node.all_input_nodes]
+            numbers = isinstance(val, torch.Tensor) and val.dtype in NUMBERS and val.dim() >= 2 and node.op == "placeholder"
+            self._numbers[node] = (numbers or any(a for a, _ in below), node is self.ids or any(b for _, b in below))
+        return self._numbers[node]
 
     def _apply(self, node: Node, name: str) -> Any:
         try:
@@ -123,10 +150,26 @@ class Interp:
         if None in shape:
             why = self.reasons.get(node) or f"no rule for {opname(node)}"
             raise Refused(why if why.endswith(_ROWS) else why + _ROWS)
-        rng, distinct = self.facts.get(node, (None, False))
-        leaf = Leaf([node], tuple(shape), rng, distinct, not val.dtype.is_floating_point)
+        leaf = self._leaf(node, tuple(shape), val.dtype)
         vs: list[Expr] = [Var(s) if s != 1 else ZERO for s in shape]
         return Value([(v,) if isinstance(v, Var) else () for v in vs], raw("load", leaf, *vs))
+
+    def _leaf(self, node: Node, shape: tuple, dtype: torch.dtype) -> Leaf:
+        rng, distinct = self.facts.get(node, (None, False))
+        known = self.constant(node)
+        made = node.op == "call_function" and self._sources(node) == (True, False)
+        leaf = Leaf([node], shape, rng, distinct, not dtype.is_floating_point, LIMITS.get(dtype), known, made)
+        if known is None:
+            return leaf
+        with _disable_current_modes():
+            elements = tuple(known.flatten().tolist())
+        if leaf.integer and elements:
+            leaf.limits = (int(min(elements)), int(max(elements)) + 1)
+        return self._constants.setdefault((shape, dtype, elements), leaf)  # alike wherever it is made
+
+
+def _no_constant(node: Node) -> Any:
+    return None
 
 
 # ---------------------------------------------------------------- routing decisions

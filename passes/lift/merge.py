@@ -64,11 +64,15 @@ class Merger:
         leaves = tuple(p.args[0] for p in parts)
         if len({leaf.shape for leaf in leaves}) > 1:
             raise Refused("the experts differ in size")
+        if any(leaf.dequantised for leaf in leaves):  # all of them at once would be a copy of the weights in full
+            raise Refused("each expert's weights are dequantised by themselves in a way that no kernel knows")
         if any(len(leaf.nodes) > 1 for leaf in leaves):
             raise Refused("experts within experts")
         nodes = tuple(leaf.nodes[0] for leaf in leaves)
         if nodes not in self.stacks:
-            self.stacks[nodes] = Leaf(list(nodes), (len(nodes), *leaves[0].shape))
+            whole = all((leaf.integer, leaf.limits) == (leaves[0].integer, leaves[0].limits) for leaf in leaves)
+            facts = {"integer": leaves[0].integer, "limits": leaves[0].limits} if whole else {}
+            self.stacks[nodes] = Leaf(list(nodes), (len(nodes), *leaves[0].shape), **facts)
         rest = [self.merge(tuple(p.args[i] for p in parts)) for i in range(1, len(parts[0].args))]
         return raw("load", self.stacks[nodes], self.index, *rest)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from .algebra import distinct_slots, mul, refresh, slot_test, subst
 from .expr import ZERO, Expr, Refused, Var, alpha, factors, is_const, loads, raw, subexprs, terms
@@ -15,7 +15,23 @@ MACHINERY = {"perm", "inv", "coord", "seg", "count", "below", "scat", "undef", "
 def is_id(e: Expr) -> bool:
     """An integer in 0..n-1 computed from a routing decision."""
     b = bounds(e)
-    return b is not None and b[0] == 0 and isinstance(b[1], int) and is_int(e) and any(x.args[0].range is not None for x in loads(e))
+    return b is not None and b[0] == 0 and isinstance(b[1], int) and is_int(e) and _chosen(e)
+
+
+def _chosen(e: Expr) -> bool:
+    """Is a routing decision read, and no other tensor by it?"""
+    found = [x.args[0].range is not None for x in top_loads(e)]
+    return bool(found) and all(found)
+
+
+def top_loads(e: Expr) -> Iterator[Expr]:
+    """Loads that are not part of another load's index."""
+    if e.op == "load":
+        yield e
+        return
+    for a in e.args:
+        if isinstance(a, Expr):
+            yield from top_loads(a)
 
 
 def num_ids(e: Expr) -> int:

@@ -13,51 +13,17 @@ from typing import Any
 import torch
 
 from .algebra import mul, refresh, replace
-from .expr import Expr, Leaf, Refused, Var, alpha, factors, is_const, loads, show, subexprs
+from .expr import Expr, Refused, Var, alpha, factors, is_const, loads, show, subexprs
 from .index import is_bool
 from .normal import is_id
+from .param import Digit, Param
+from .quantized import Reading, is_numbers, outer_loads, own_factors, recognised
 from .sizes import Size, prod
 from .value import index_of
 
 UNARY = {"silu", "relu", "sigmoid", "tanh", "neg", "exp", "rsqrt", "sqrt", "softplus", "erf", "abs", "log", "square", "stop", "sin", "cos",
          "hardswish", "hardsigmoid", "mish"}  # fmt: skip
 BINARY = {"maximum", "minimum", "lt", "le", "gt", "ge", "eq", "ne"}
-
-
-@dataclass(frozen=True)
-class Digit:
-    """One factor of a parameter's dimension: role `e` expert, `i` input feature, `o` output feature, or a fixed index (`c`)."""
-
-    role: str
-    size: Size
-    at: int = 0
-
-
-@dataclass(frozen=True)
-class Param:
-    """A weight or bias: the leaf, and for each of its dimensions (the expert stack of a list excluded) the digits it is made of."""
-
-    leaf: Leaf
-    dims: tuple[tuple[Digit, ...], ...]
-
-    @property
-    def digits(self) -> list[Digit]:
-        return [d for dim in self.dims for d in dim]
-
-    @property
-    def letters(self) -> str:
-        return "".join(d.role for d in self.digits)
-
-    @property
-    def listed(self) -> bool:
-        return len(self.leaf.nodes) > 1
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.leaf.nodes) if self.listed else next(d.size for d in self.digits if d.role == "e")
-
-    def extent(self, roles: str) -> Size:
-        return prod(d.size for d in self.digits if d.role in roles)
 
 
 @dataclass
@@ -112,6 +78,8 @@ class Builder:
 
     def product(self, e: Expr, feat: tuple[Var, ...]) -> str:
         """Factors without an expert's parameter are taken together: the row's scalars, and what depends on the feature."""
+        if (scaled := self._scaled_sum(e, feat)) is not None:
+            return scaled
         plain = [f for f in factors(e) if not self.has_expert(f)]
         scalar = [f for f in plain if not f.free & set(feat) and not is_const(f)]
         parts = [f for f in plain if is_const(f)]
@@ -206,25 +174,53 @@ class Builder:
         return "x"
 
     # ------------------------------------------------------------ parameters
-    def linear(self, e: Expr, feat: tuple[Var, ...]) -> str:
-        """sum over the input features of operand * weight."""
-        v, body = refresh(e)
-        vs = [v]
-        while body.op == "sum":
-            v, body = refresh(body)
-            vs.append(v)
-        mine = [f for f in factors(body) if self.expert_load(_uncast(f)) and set(vs) <= f.free]
-        if len(mine) != 1:
-            raise Refused("a sum inside the experts that is not a linear layer of the selected expert")
-        param = self.param(_uncast(mine[0]), feat, vs)
-        order = tuple(d for a in _uncast(mine[0]).args[1:] for d in _digits(a) if d in vs)
-        operand = mul(*[f for f in factors(body) if f is not mine[0]])
+    def linear(self, e: Expr, feat: tuple[Var, ...], scales: Sequence[Expr] = ()) -> str:
+        """sum over the input features of operand * weight; scales: factors of the sum that belong to a quantised weight."""
+        vs, body = opened(e)
+        if self._numbers(body, vs):
+            param, order, operand = self._dequantised(body, feat, vs, scales)
+        else:
+            param, order, operand = self._plain(body, feat, vs)
         if not operand.free & set(vs):
             raise Refused("a sum of an expert's weights that multiplies no input")
-        rows = self.vec(operand, order)  # type: ignore[arg-type]  # inner layers are numbered first
+        rows = self.vec(operand, order)  # inner layers are numbered first
         j = numbered(self.weights, param)
         self.reads(f"mm{j}")
         return columns(f"mm({j}, {rows})", param)
+
+    def _plain(self, body: Expr, feat: tuple[Var, ...], vs: list[Var]) -> tuple[Param, tuple[Var, ...], Expr]:
+        """The weight of a sum, its input features in the weight's order, and what it multiplies."""
+        mine = [f for f in factors(body) if self.expert_load(_uncast(f)) and set(vs) <= f.free]
+        if len(mine) != 1:
+            raise Refused("a sum inside the experts that is not a linear layer of the selected expert")
+        order = tuple(d for a in _uncast(mine[0]).args[1:] for d in _digits(a) if isinstance(d, Var) and d in vs)
+        return self.param(_uncast(mine[0]), feat, vs), order, mul(*[f for f in factors(body) if f is not mine[0]])
+
+    # ------------------------------------------------------------ quantised weights
+    def _own(self, e: Expr) -> bool:
+        return own_factors(e, self.ids, self._row_vars())
+
+    def _numbers(self, body: Expr, vs: list[Var]) -> list[Expr]:
+        """The factors of a sum's body that read quantised numbers of the expert."""
+        return [f for f in factors(body) if self._own(f) and set(vs) & f.free and any(map(is_numbers, outer_loads(f)))]
+
+    def _dequantised(self, body: Expr, feat: tuple[Var, ...], vs: list[Var], scales: Sequence[Expr]) -> tuple[Param, tuple[Var, ...], Expr]:
+        own = [f for f in factors(body) if self._own(f)]
+        param, order = recognised([*own, *scales], Reading(self.ids, feat, vs), lambda load, ins: self.param(load, feat, ins))
+        return param, tuple(order), mul(*[f for f in factors(body) if f not in own])
+
+    def _scaled_sum(self, e: Expr, feat: tuple[Var, ...]) -> str | None:
+        """s * sum_i x_i q_i with s of the expert alone: the scale of a quantised weight, taken out of the sum."""
+        for f in factors(e):
+            if _uncast(f).op == "sum":
+                vs, body = opened(_uncast(f))
+                scales = [g for g in factors(e) if g is not f and self._own(g)]
+                if scales and self._numbers(body, vs):
+                    text = self.linear(_uncast(f), feat, scales)
+                    text = text if f.op == "sum" else f"cast({text}, {dtype_name(f.args[1])!r})"
+                    rest = [g for g in factors(e) if g is not f and g not in scales]
+                    return f"{self.factor(mul(*rest), feat)} * {text}" if rest else text
+        return None
 
     def bias(self, e: Expr, feat: tuple[Var, ...]) -> str:
         param = self.param(e, feat, [])
@@ -260,6 +256,15 @@ class Builder:
         if isinstance(d, Var) and d in set(feat):
             return Digit("o", size)
         raise Refused(f"a weight is indexed by {show(d)[:60]}")
+
+
+def opened(e: Expr) -> tuple[list[Var], Expr]:
+    """The variables and the body of nested sums."""
+    vs: list[Var] = []
+    while e.op == "sum":
+        v, e = refresh(e)
+        vs.append(v)
+    return vs, e
 
 
 def _uncast(e: Expr) -> Expr:
@@ -303,17 +308,12 @@ def columns(text: str, p: Param) -> str:
 
 def numbered(known: list[Param], p: Param) -> int:
     """Index of the parameter; those that differ only in the columns used are one."""
-    key = _layout_key(p)
+    key = p.key()
     for j, q in enumerate(known):
-        if _layout_key(q) == key:
+        if q.key() == key:
             return j
     known.append(p)
     return len(known) - 1
-
-
-def _layout_key(p: Param) -> Any:
-    return (tuple(p.leaf.nodes), tuple(tuple(("o" if d.role == "c" else d.role) for d in dim) for dim in p.dims), tuple(
-        tuple(d.size for d in dim) for dim in p.dims))  # fmt: skip
 
 
 def number(c: Any) -> str:

@@ -35,7 +35,7 @@ STYLE_REFUSED: dict[str, str] = {
     "hf_doge_cdmoe": "no routing decision",
     "expert_norm_inside": "not a linear layer of the selected expert",
     "conv1x1_experts": "",
-    "expert_int8_weights": "a weight is indexed by",
+    "expert_int8_weights": "scales of quantised weights would be trained",
     "slot_masked_scatter": "",
 }
 

@@ -4,7 +4,7 @@
 `Value`s, numbers and lists of them.  To teach the lifter an op, write one function with `@rule(...)` in the file of its family.
 """
 
-from . import create, gather, mask, pointwise, reduce, scatter, segments, sort, views  # noqa: F401  (they register their rules)
+from . import bits, create, gather, mask, pointwise, reduce, scatter, segments, sort, views  # noqa: F401  (they register their rules)
 from ._base import RULES
 
 __all__ = ["RULES"]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..algebra import add, compare, divide, eq, mul, negate, sub, unary, where
-from ..expr import ZERO, Expr, Refused, const, is_const, raw
+from ..expr import ZERO, Expr, Refused, const, is_const, loads, raw
 from ..index import bounds, idiv, is_bool, is_int, mod
 from ..value import Value, broadcast
 from ._base import RULES, rule
+from .bits import masked
 
 
 def _pointwise(f):
@@ -20,9 +21,16 @@ def _pointwise(f):
         if f in (add, sub) and node.meta["val"].dtype == torch.bool:
             raise Refused("a sum of truth values")
         dims, es = broadcast(*args)
-        return Value(dims, f(*es))
+        return Value(dims, _in_range(f(*es), node.meta["val"].dtype))
 
     return go
+
+
+def _in_range(e: Expr, dtype: torch.dtype) -> Expr:
+    """e, unless a small integer type may be too small for it: what is beyond wraps around."""
+    if dtype.is_floating_point or dtype.itemsize > 2 or dtype == torch.bool or _holds(e, dtype):
+        return e
+    raise Refused(f"arithmetic that may not fit in {str(dtype).removeprefix('torch.')}")
 
 
 def _simple(name: str):
@@ -86,6 +94,8 @@ def _gelu(it, node, x: Value, approximate="none"):
 def _logic(it, node, *args):
     """Logic, where the operands are truth values (on integers the same ops work on bits)."""
     if any(a.meta["val"].dtype != torch.bool for a in node.all_input_nodes):
+        if (mask := _constant_mask(node, args)) is not None:
+            return masked(*mask)
         raise Refused("a bitwise operation on integers")
     dims, es = broadcast(*args)
     name = str(node.target)
@@ -94,6 +104,16 @@ def _logic(it, node, *args):
     if "and" in name:
         return Value(dims, mul(*es))
     return Value(dims, negate(mul(*[negate(e) for e in es])))
+
+
+def _constant_mask(node: torch.fx.Node, args: tuple) -> tuple[Value, int] | None:
+    """x & constant, the constant as a tensor of one element."""
+    if "bitwise_and" not in str(node.target):
+        return None
+    for x, m in (args, args[::-1]):
+        if isinstance(m, Value) and is_const(m.expr) and isinstance(m.expr.args[0], int) and not m.dims:
+            return x, m.expr.args[0]
+    return None
 
 
 @rule("rsub.Scalar")
@@ -163,7 +183,7 @@ def _masked_fill(it, node, x: Value, mask: Value, value):
 @rule("_to_copy.default")
 def _to_copy(it, node, x: Value, dtype=None, **kw):
     src = node.args[0].meta["val"].dtype
-    if node.args[0].meta["val"].device != node.meta["val"].device:
+    if node.args[0].meta["val"].device != node.meta["val"].device and not all(y.args[0].constant is not None for y in loads(x.expr)):
         raise Refused("a copy to another device")
     if dtype is None or dtype == src:
         return x

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..algebra import add, eq, mul, replace, same_rows, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
-from ..index import count, inside, inv, perm
+from ..index import bounds, count, inside, inv, perm
 from ..sizes import prod
 from ..value import Value, broadcast, common, onto, same_domain
 from ._base import dim_of, fixed, rule
@@ -280,8 +280,10 @@ def _slice_scatter(it, node, base: Value, src: Value, d=0, start=None, end=None,
 
 def _block_scatter(base: Value, src: Value, d: int, start, end, step) -> Value:
     """base[.., i, ..] = src for one block of equal blocks (a select or slice of fixed size written back)."""
-    if isinstance(start, Value) or isinstance(end, Value) or step != 1:
-        raise Refused("a slice assignment of data-dependent or strided rows")
+    if isinstance(start, Value) or isinstance(end, Value):
+        raise Refused("a slice assignment of data-dependent rows")
+    if step != 1:
+        return _strided_scatter(base, src, d, start or 0, end, step)
     n, start = fixed(base.extent(d), "a slice assignment"), start or 0
     end = n if end is None or end > n else end
     start, end = (start + n if start < 0 else start), (end + n if end < 0 else end)
@@ -294,28 +296,62 @@ def _block_scatter(base: Value, src: Value, d: int, start, end, step) -> Value:
     return _write_block(b, src, d, start // size, n // size)
 
 
+def _strided_scatter(base: Value, src: Value, d: int, start: int, end, step: int) -> Value:
+    """base[start::step] = src where step divides the extent: one digit of the index is fixed."""
+    n = fixed(base.extent(d), "a slice assignment")
+    if n % step or not 0 <= start < step or (end is not None and end < n):
+        raise Refused("a strided slice assignment that does not run to the end")
+    b = base.renamed().refine(d, common(base.sizes(d), tuple(s for s in (n // step, step) if s != 1)))
+    lead: list[Var] = list(b.dims[d])
+    last: list[Var] = []
+    while prod(v.size for v in last) != step:
+        last.insert(0, lead.pop())
+    return _written(b, src, d, lead, last, start)
+
+
 def _copy_dims(base: Value, src: Value) -> Value:
     return Value([v or tuple(x.fresh() for x in d) for v, d in zip(src.dims, base.dims)], src.expr)
 
 
 def _write_block(b: Value, src: Value, d: int, block: int, blocks: int) -> Value:
+    lead: list[Var] = []
+    inner = list(b.dims[d])
+    while prod(v.size for v in lead) != blocks:
+        lead.append(inner.pop(0))
+    return _written(b, src, d, inner, lead, block)
+
+
+def _written(b: Value, src: Value, d: int, inner: list[Var], which: list[Var], at: int) -> Value:
+    """b with src where the digits `which` of dimension d are `at`; `inner`: its other digits, which src has."""
     for i in range(len(b.dims)):
         if i != d and b.dims[i]:
             if not src.dims[i]:
                 raise Refused("a slice assignment that broadcasts")
             s = common(b.sizes(i), src.sizes(i))
             b, src = b.refine(i, s), src.refine(i, s)
-    lead: list[Var] = []
-    inner = list(b.dims[d])
-    while prod(v.size for v in lead) != blocks:
-        lead.append(inner.pop(0))
     if tuple(v.size for v in inner) != src.sizes(d):
         src = src.refine(d, tuple(v.size for v in inner))
     table = {v: w for i in range(len(b.dims)) if i != d for v, w in zip(src.dims[i], b.dims[i])}
     table.update(zip(src.dims[d], inner))
     from ..value import index_of
 
-    return Value(b.dims, where(eq(index_of(lead), const(block)), subst(src.expr, table), b.expr))
+    return Value(b.dims, _everywhere(index_of(which), where(eq(index_of(which), const(at)), subst(src.expr, table), b.expr)))
+
+
+def _everywhere(i: Expr, e: Expr) -> Expr:
+    """where([i=1], a, where([i=0], b, c)) with i in 0..1: c is never used."""
+    arms: list[tuple[Expr, Expr]] = []
+    rest = e
+    while rest.op == "where" and rest.args[0].op == "eq" and rest.args[0].args[0] is i and is_const(rest.args[0].args[1]):
+        arms.append((rest.args[0], rest.args[1]))
+        rest = rest.args[2]
+    known = bounds(i)
+    if known is None or {c.args[1].args[0] for c, _ in arms} != set(range(*known)):
+        return e
+    out = arms[-1][1]
+    for c, a in reversed(arms[:-1]):
+        out = where(c, a, out)
+    return out
 
 
 @rule("select_scatter.default")

@@ -1,19 +1,22 @@
 """Formats of quantised expert weights: how numbers and scales lie, and there and back in plain torch.
 
 kind            values                                                   scales
-"fp8_block"     e4m3 [E, O, I]                                           float32 [E, O/128, I/128], of each block of 128 x 128 (DeepSeek-V3)
-"fp8_channel"   e4m3 [E, O, I]                                           float32 [E, O], of each output
+"fp8_block"     e4m3 [E, O, I]                                           [E, O/128, I/128], of each block of 128 x 128 (DeepSeek-V3)
+"fp8_channel"   e4m3 [E, O, I]                                           [E, O], of each output
 "mxfp4"         uint8 [E, O, I/32, 16], two e2m1 a byte, low half first  uint8 [E, O, I/32], exponents (bias 127) of 32 inputs (GPT-OSS)
-"int8"          int8 [E, O, I]                                           bfloat16 [E, O, I/128], or [E, O, 1] of a whole output
+"int8"          int8 [E, O, I]                                           [E, O, I/128], or [E, O, 1] of a whole output
 "int4"          uint8 [E, O, I/2], number + 8, two a byte, low first     as int8
 
-A weight is value * scale. With axes "io" values lie [E, I, O] (int4: [E, I/2, O]) and scales with two inner dimensions likewise; mxfp4 has
-no such form. Sizes that are no multiple of 128 have one more, smaller block at the end. No type holds more than the two tensors, so a
-checkpoint's tensors are used as they are.
+A weight is value * scale; scales are of a float type (those that are made here: float32 for fp8, bfloat16 for int8 and int4).
+"fp8_block" and "fp8_channel" multiply rows that are quantised as well: e4m3, a scale for each 128 columns or for a row. The same weights
+with rows that stay as they are have the kinds "fp8_block_w" and "fp8_channel_w". With axes "io" values lie [E, I, O] (int4: [E, I/2, O])
+and scales with two inner dimensions likewise; mxfp4 has no such form. Sizes that are no multiple of 128 have one more, smaller block at
+the end. No type holds more than the two tensors, so a checkpoint's tensors are used as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +24,31 @@ import torch
 BLOCK = 128  # inputs (and outputs) that share a scale
 MX_BLOCK = 32
 LARGEST = 448.0  # of float8_e4m3fn
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LONGEST_ROW = 1 << 15  # columns up to which a row may have one scale
 HALFWAY = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))  # True: up to the even one
-KINDS = ("fp8_block", "fp8_channel", "mxfp4", "int8", "int4")
 ROWS_TOO = ("fp8_block", "fp8_channel")  # the rows are quantised as well
+WEIGHTS_ONLY = ("fp8_block_w", "fp8_channel_w", "mxfp4", "int8", "int4")
+KINDS = (*ROWS_TOO, *WEIGHTS_ONLY)
 PACKED = ("mxfp4", "int4")  # two numbers a byte
-VALUES = {
-    "fp8_block": torch.float8_e4m3fn, "fp8_channel": torch.float8_e4m3fn, "mxfp4": torch.uint8, "int8": torch.int8, "int4": torch.uint8,
-}  # fmt: skip
-SCALES = {
-    "fp8_block": torch.float32, "fp8_channel": torch.float32, "mxfp4": torch.uint8, "int8": torch.bfloat16, "int4": torch.bfloat16,
-}  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that scales may have (the last where a rewrite is validated)
+VALUES = {"mxfp4": torch.uint8, "int8": torch.int8, "int4": torch.uint8}  # else e4m3
+SCALES = {"mxfp4": torch.uint8, "int8": torch.bfloat16, "int4": torch.bfloat16}  # else float32
+
+
+def stored(kind: str) -> str:
+    """The kind by how numbers and scales lie."""
+    return kind.removesuffix("_w")
+
+
+def rounded_rows(rows_RI: Any, grouped: bool) -> Any:
+    """The rows as e4m3 sees them, in their own type: a scale for each 128 columns (grouped), or for each row."""
+    wide = rows_RI.float()
+    if grouped:
+        padded = _blocks(wide)
+        scales = _scale(padded.abs().amax(2, keepdim=True), LARGEST)
+        return (_e4m3(padded / scales).float() * scales).flatten(1)[:, : rows_RI.shape[1]].to(rows_RI.dtype)
+    scales = _scale(wide.abs().amax(1, keepdim=True), LARGEST) if rows_RI.shape[1] else wide
+    return (_e4m3(wide / scales).float() * scales).to(rows_RI.dtype)
 
 
 class Quantized(NamedTuple):
@@ -55,9 +72,13 @@ class Quantized(NamedTuple):
         return inner * (2 if self.kind == "int4" else 1), outer
 
     @property
+    def stored(self) -> str:
+        return stored(self.kind)
+
+    @property
     def grouped(self) -> bool:
         """Has each block of inputs a scale, not only each output?"""
-        return self.kind in ("fp8_block", "mxfp4") or (self.kind != "fp8_channel" and self._inner_scales() > 1)
+        return self.stored in ("fp8_block", "mxfp4") or (self.stored != "fp8_channel" and self._inner_scales() > 1)
 
     def _inner_scales(self) -> int:
         return int(self.scales.shape[1 if self.axes == "io" else 2])
@@ -72,51 +93,97 @@ def quantize_weights(weights: Any, kind: str, *, axes: str = "oi", group: int = 
         )
     if group not in (0, BLOCK):
         raise ValueError(f"group must be {BLOCK} inputs or 0 (a scale for each output), got {group}")
-    unit = {"mxfp4": MX_BLOCK, "int4": 2}.get(kind, 1)
-    inner = weights.shape[1 if axes == "io" else 2]
-    if inner % unit:
-        raise ValueError(f"{kind} needs the number of inputs to be a multiple of {unit}, got {inner}; pad the weights or take another kind")
+    reason = odd_inputs(kind, weights.shape[1 if axes == "io" else 2])
+    if reason is not None:
+        raise ValueError(f"{reason}; pad the weights or take another kind")
     if not weights.shape[0]:
         raise ValueError("weights of no experts cannot be quantised")
-    done = [_quantize(each.t().float() if axes == "io" else each.float(), kind, group) for each in weights]  # by experts: float32 is large
+    return quantize_each([each.t() if axes == "io" else each for each in weights], kind, axes=axes, group=group)
+
+
+def quantize_each(experts: Sequence[Any], kind: str, *, axes: str = "oi", group: int = BLOCK) -> Quantized:
+    """Of one weight [O, I] an expert, one after the other: float32 is large. axes: how values and scales lie."""
+    done = [_quantize(each.float(), stored(kind), group) for each in experts]
     values, scales = (torch.stack([_turned(pair[i], axes) for pair in done]) for i in (0, 1))
     return Quantized(values, scales, kind, axes)
 
 
-def dequantize(q: Quantized) -> Any:
-    """float32 [E, O, I], or [E, I, O] as the values lie."""
+def odd_inputs(kind: str, inner: int) -> str | None:
+    """Why weights with `inner` inputs have no form of a kind."""
+    unit = {"mxfp4": MX_BLOCK, "int4": 2}.get(kind, 1)
+    return f"{kind} needs the number of inputs to be a multiple of {unit}, got {inner}" if inner % unit else None
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Any:
+    """[E, O, I], or [E, I, O] as the values lie: the products in float32, then rounded to dtype."""
     check(q)
-    whole = [_dequantize(_turned(q.values[e], q.axes), _turned(q.scales[e], q.axes), q.kind) for e in range(q.experts)]
-    return torch.stack([_turned(each, q.axes) for each in whole])
+    out = torch.empty(dense_shape(q), dtype=dtype, device=q.values.device)
+    for expert in range(q.experts):
+        out[expert] = dequantize_expert(q, expert)
+    return out
+
+
+def dequantize_expert(q: Quantized, expert: int) -> Any:
+    """float32 [O, I] of one expert, or [I, O]."""
+    return _turned(_dequantize(_turned(q.values[expert], q.axes), _turned(q.scales[expert], q.axes), q.stored), q.axes)
+
+
+def dense_shape(q: Quantized) -> tuple[int, int, int]:
+    """(E, O, I), or (E, I, O) as the values lie."""
+    inner, outer = q.fan
+    return (q.values.shape[0], inner, outer) if q.axes == "io" else (q.values.shape[0], outer, inner)
 
 
 def check(q: Quantized, name: str = "weights") -> None:
     """Raises ValueError where tensors are not what their kind says."""
     _known(q.kind, q.axes)
-    dims = 4 if q.kind == "mxfp4" else 3
-    if q.values.dim() != dims or q.values.dtype != VALUES[q.kind] or (q.kind == "mxfp4" and q.values.shape[3] != MX_BLOCK // 2):
-        wanted = f"{VALUES[q.kind]} with {dims} dimensions" + (f", the last of {MX_BLOCK // 2}" if dims == 4 else "")
+    dims, dtype = 4 if q.kind == "mxfp4" else 3, values_dtype(q.kind)
+    if q.values.dim() != dims or q.values.dtype != dtype or (q.kind == "mxfp4" and q.values.shape[3] != MX_BLOCK // 2):
+        wanted = f"{dtype} with {dims} dimensions" + (f", the last of {MX_BLOCK // 2}" if dims == 4 else "")
         raise ValueError(f"{name}: values of kind {q.kind!r} must be {wanted}, got {q.values.dtype} {list(q.values.shape)}")
     shapes = _scale_shapes(q)
-    if list(q.scales.shape) not in shapes or q.scales.dtype != SCALES[q.kind]:
+    dtypes = (torch.uint8,) if q.kind == "mxfp4" else FLOATS
+    if list(q.scales.shape) not in shapes or q.scales.dtype not in dtypes:
         raise ValueError(
-            f"{name}: scales of kind {q.kind!r} for values {list(q.values.shape)} must be {SCALES[q.kind]} "
+            f"{name}: scales of kind {q.kind!r} for values {list(q.values.shape)} must be {' or '.join(map(str, dtypes))} "
             f"{' or '.join(map(str, shapes))}, got {q.scales.dtype} {list(q.scales.shape)}"
         )
     if q.values.device != q.scales.device:
         raise ValueError(f"{name}: values are on {q.values.device}, scales on {q.scales.device}; they must be on one device")
 
 
+def values_dtype(kind: str) -> torch.dtype:
+    return VALUES.get(kind, torch.float8_e4m3fn)
+
+
+def scales_dtype(kind: str) -> torch.dtype:
+    return SCALES.get(kind, torch.float32)
+
+
 def _scale_shapes(q: Quantized) -> list[list[int]]:
     inner, outer = q.fan
     blocks = -(-inner // BLOCK)
-    if q.kind == "fp8_channel":
+    if q.stored == "fp8_channel":
         return [[q.experts, outer]]
     if q.kind == "mxfp4":
         return [[q.experts, outer, inner // MX_BLOCK]]
-    first = -(-outer // BLOCK) if q.kind == "fp8_block" else outer
-    pairs = [(first, blocks)] if q.kind == "fp8_block" else [(first, blocks), (first, 1)]
+    first = -(-outer // BLOCK) if q.stored == "fp8_block" else outer
+    pairs = [(first, blocks)] if q.stored == "fp8_block" else [(first, blocks), (first, 1)]
     return [[q.experts, i, o] if q.axes == "io" else [q.experts, o, i] for o, i in pairs]
+
+
+def shapes_of(kind: str, axes: str, shape: Any) -> tuple[list[int], list[int]]:
+    """Of values and scales of weights [E, O, I] (axes "io": [E, I, O]); int8 and int4 with groups of 128 inputs."""
+    _known(kind, axes)
+    experts, inner, outer = shape if axes == "io" else (shape[0], shape[2], shape[1])
+    blocks = -(-inner // BLOCK)
+    if kind == "mxfp4":
+        return [experts, outer, inner // MX_BLOCK, MX_BLOCK // 2], [experts, outer, inner // MX_BLOCK]
+    values = [inner // 2 if kind == "int4" else inner, outer]
+    if stored(kind) == "fp8_channel":
+        return [experts, *(values if axes == "io" else values[::-1])], [experts, outer]
+    scales = [blocks, -(-outer // BLOCK) if stored(kind) == "fp8_block" else outer]
+    return [experts, *(values if axes == "io" else values[::-1])], [experts, *(scales if axes == "io" else scales[::-1])]
 
 
 def _known(kind: str, axes: str) -> None:
@@ -151,14 +218,16 @@ def _quantize(w_OI: Any, kind: str, group: int) -> tuple[Any, Any]:
 
 def _dequantize(values: Any, scales: Any, kind: str) -> Any:
     if kind == "fp8_channel":
-        return values.float() * scales[:, None]
+        return values.float() * scales.float()[:, None]
     if kind == "mxfp4":
         numbers = _unpack(values.flatten(1))
-        magnitude = torch.tensor(E2M1, device=values.device)[(numbers & 7).long()]
+        mantissa, power = (numbers & 1).float(), ((numbers >> 1) & 3).int()
+        magnitude = torch.where(power == 0, mantissa * 0.5, torch.ldexp(mantissa + 2, power) * 0.25)
         signed = torch.where(numbers > 7, -magnitude, magnitude)
         return torch.ldexp(signed, scales.int().repeat_interleave(MX_BLOCK, 1) - 127)
     whole = _unpack(values).float() - 8 if kind == "int4" else values.float()
-    return whole * _spread(scales.float(), whole.shape, BLOCK if kind == "fp8_block" else 1)
+    wide = scales if scales.dtype == torch.float64 else scales.float()
+    return whole * _spread(wide, whole.shape, BLOCK if kind == "fp8_block" else 1)
 
 
 def _quantize_mxfp4(w_OI: Any) -> tuple[Any, Any]:
