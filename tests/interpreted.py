@@ -59,6 +59,7 @@ class Cases:
     def main(self) -> None:
         found, names = {}, sys.argv[1:]
         whole_numbers_of_one_element()
+        poison_new_memory()
         for name in names or self.functions:
             try:
                 self.functions[name]()
@@ -68,6 +69,14 @@ class Cases:
                 if names:
                     print(found[name])
         print(json.dumps(found))
+
+
+def poison_new_memory() -> None:
+    """New memory holds NaN, and the largest whole numbers, so that what is read without having been written shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def whole_numbers_of_one_element() -> None:
