@@ -19,7 +19,7 @@ for --patience seconds) is named in the table, and the point is measured again w
 columns); mxfp4, int8 or int4 weights with rows as they are. Errors are against float32 with the weights that the quantised ones stand for,
 bytes are those of the quantised ones, and for fp8 the rate of operations is that of an e4m3 product.
 --out NAME writes benchmarks/results/NAME.csv, after each shape also .md and .png; rows that are in the file already stay, so runs can be
-split. --peers and --without take the beginnings of names (layer_peers.py has them all).
+split. --peers and --without take the beginnings of names (layer_peers.py and layer_quantized.py have them all).
 """
 
 from __future__ import annotations

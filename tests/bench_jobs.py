@@ -6,6 +6,8 @@ A start, and the import of transformers and Dynamo, cost more than a benchmark o
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import importlib
 import io
 import os
@@ -36,7 +38,7 @@ def alone(script: str, *args: str, children: bool = False) -> Done:
 
 
 def on_ranks(script: str, *args: str) -> Done:
-    """main() of a benchmark over ranks, in processes that are joined already."""
+    """main() of a benchmark over ranks, in processes that are joined already; what it compiles itself, without Inductor."""
     import torch
     import torch.distributed as dist
 
@@ -47,7 +49,8 @@ def on_ranks(script: str, *args: str) -> Done:
     def leave(failed: bool) -> None:
         raise SystemExit(int(any(timing.told(failed))))
 
-    with mock.patch.object(timing, "join", lambda cpu: joined), mock.patch.object(timing, "leave", leave):
+    quick = functools.partial(torch.compile, backend="eager")
+    with mock.patch.multiple(timing, join=lambda cpu: joined, leave=leave), mock.patch.object(torch, "compile", quick):
         return called(script, args)
 
 
@@ -58,18 +61,19 @@ def start() -> None:
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
     torch._dynamo.reset()
+    gc.freeze()  # benchmarks collect garbage often
 
 
 def called(script: str, args: tuple[str, ...]) -> Done:
     module: Any = importlib.import_module(script)
     out, errors, code = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [module.__file__, *args]), as_it_was():
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            try:
-                module.main()
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else 1
-                print(end.code, file=sys.stderr)
+    told = (contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors))
+    with mock.patch.object(sys, "argv", [module.__file__, *args]), as_it_was(), told[0], told[1]:
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            print(end.code, file=sys.stderr)
     return Done(code, out.getvalue(), errors.getvalue())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -13,11 +14,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_jobs
 import pytest
+import torch
 from bench_jobs import FOLDER, Done
+from interpreted import Cases
 from ranks import Ranks
 
 BROKEN = """
@@ -266,6 +270,95 @@ def test_wrong_peers_and_those_that_end_the_process_are_named(alone: Run, tmp_pa
     assert "tiny 3 zipf: ours aborts" in done.stderr
 
 
+CASES = Cases(__file__)
+
+
+def of_library(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> Any:
+    """benchmarks/layer_quantized.py, for which these libraries are there and take tensors of a CPU."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    peers: Any = importlib.import_module("layer_quantized")
+    monkeypatch.setattr(peers, "cuda_forward", lambda *_, **__: None)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
+    return peers
+
+
+def error_of(make: Any, kind: str, tokens: int = 5) -> float:
+    """Of a peer, on a layer whose sizes are whole groups of 128 columns."""
+    case_of: Any = importlib.import_module("layer_case")
+    case = case_of.Case("small", case_of.SHAPES["small"], tokens, "zipf", False)
+    layer = case_of.Layer(case.shape, torch.bfloat16, torch.device("cpu"), False, kind)
+    inputs = case_of.inputs_of(case, torch.bfloat16, layer.device, 1)
+    (error,) = case_of.Reference(layer, inputs, 0).errors(make(layer, case).call(*inputs[:3]))
+    return float(error)
+
+
+@CASES.add()
+def kernels_around_deep_gemm() -> None:
+    """Its product in torch, with what it asks of its inputs; Triton's interpreter rounds to e4m3 by cutting bits off."""
+
+    def product(a: Any, b: Any, out: Any, owners: Any) -> None:
+        (rows, scales), (values, of_values) = a, b
+        assert (rows.dtype, owners.dtype, rows.shape[0] % 128) == (torch.float8_e4m3fn, torch.int32, 0)
+        assert scales.stride() == (1, rows.shape[0])
+        out.fill_(float("nan"))
+        x = (rows.float().unflatten(1, (-1, 128)) * scales[:, :, None]).flatten(1)
+        for first in range(0, rows.shape[0], 128):
+            (owner,) = set(owners[first : first + 128].tolist())
+            if owner >= 0:
+                w = values[owner].float() * of_values[owner].repeat_interleave(128, 0).repeat_interleave(128, 1)
+                out[first : first + 128] = x[first : first + 128] @ w.t()
+
+    library = SimpleNamespace(get_m_alignment_for_contiguous_layout=lambda: 128, m_grouped_fp8_gemm_nt_contiguous=product)
+    with pytest.MonkeyPatch.context() as patch:
+        peers = of_library(patch, deep_gemm=library)
+        for tokens in (1, 40):
+            assert error_of(peers.deep_gemm, "fp8_block", tokens) < 0.2
+
+
+test_in_interpreter = CASES.test()
+
+
+@pytest.mark.parametrize("kind", ["fp8_block", "int8", "int4"])
+def test_vllm_gets_quantised_weights_in_its_forms(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fused_experts in torch, from what vLLM says of its arguments."""
+
+    def dense(values: Any, scales: Any, shape: list[int]) -> Any:
+        if kind == "fp8_block":
+            return values.float() * scales.repeat_interleave(shape[0], 1).repeat_interleave(shape[1], 2)
+        assert (values.dtype, shape[0]) == (torch.uint8, 0)
+        low_first = torch.stack((values & 15, values >> 4), 3).flatten(2)
+        numbers = low_first.float() - 8 if kind == "int4" else values.float() - 128
+        return numbers * scales.float().repeat_interleave(shape[1], 2)
+
+    def fused_experts(x: Any, w13: Any, w2: Any, weights: Any, ids: Any, quant_config: Any) -> Any:
+        up, down = (
+            dense(w13, quant_config["w1_scale"], quant_config["block_shape"]),
+            dense(w2, quant_config["w2_scale"], quant_config["block_shape"]),
+        )
+        gate, line = torch.einsum("th,tkih->tki", x.float(), up[ids]).chunk(2, 2)
+        return torch.einsum("tk,tki,tkhi->th", weights, torch.nn.functional.silu(gate) * line, down[ids])
+
+    config = {f"{name}_moe_quant_config": dict for name in ("fp8_w8a8", "int8_w8a16", "int4_w4a16")}
+    kernels = SimpleNamespace(get_moe_configs=lambda *_: None, fused_experts=fused_experts)
+    fused_moe = SimpleNamespace(config=SimpleNamespace(**config), fused_moe=kernels)
+    peers = of_library(monkeypatch, vllm__model_executor__layers__fused_moe=fused_moe)
+    assert error_of(peers.vllm, kind) < 1e-5
+
+
+def test_the_floor_of_a_quantised_layer_counts_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    case_of: Any = importlib.import_module("layer_case")
+    case = case_of.Case("small", case_of.SHAPES["small"], 3, "uniform", False)
+    numbers, rows = 3 * 256 * 128, 2 * 3 * 256 * 2
+    for kind, weights in (("", 2 * numbers), ("fp8_block", numbers + 4 * numbers / 128**2), ("mxfp4", numbers / 2 + numbers / 32)):
+        layer = case_of.Layer(case.shape, torch.bfloat16, torch.device("cpu"), False, kind)
+        inputs = case_of.inputs_of(case, torch.bfloat16, layer.device, 1)
+        work = case_of.Work.of(case, [inputs], layer)
+        assert work.bytes == len(inputs.ids.unique()) * weights + rows
+        assert work.flops == 2 * numbers * 3 * 2
+
+
 def test_a_peer_that_ended_two_points_is_left_out_of_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
     shape = plot("moe_layer").Shape("tiny", argparse.Namespace(tokens=[1, 2, 3], routings=["zipf"]), "")
@@ -404,3 +497,7 @@ def test_compiled_kernels_are_counted_and_those_of_a_cache_are_not(monkeypatch: 
     assert (found.kernels, found.loaded) == (1, 1)
     assert 0 < found.seconds < 60
     assert triton.knobs.compilation.listener is None
+
+
+if __name__ == "__main__":
+    CASES.main()
