@@ -59,6 +59,7 @@ class Cases:
     def main(self) -> None:
         found, names = {}, sys.argv[1:]
         whole_numbers_of_one_element()
+        masks_of_truth_values()
         poison_new_memory()
         for name in names or self.functions:
             try:
@@ -91,3 +92,21 @@ def whole_numbers_of_one_element() -> None:
             scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def masks_of_truth_values() -> None:
+    """Triton's interpreter makes a comparison of scalars a number when it is broadcast; from 3.9 on it refuses that as a mask."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(builder, name, _with_true_mask(getattr(builder, name), at))
+
+
+def _with_true_mask(method: Any, at: int) -> Any:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(args[at].data, "astype"):  # older Tritons hand over other things, and take any mask
+            args[at].data = args[at].data.astype(bool)
+        return method(self, *args, **kwargs)
+
+    return checked
