@@ -26,7 +26,9 @@ from triton_cases import (
 )
 
 from moe_compile.ops import experts, experts_triton
-from moe_compile.ops.kernels import configs, launch
+from moe_compile.ops.kernels import configs, launch, launch_backward
+from moe_compile.ops.kernels.layers import typical_layers
+from moe_compile.ops.program import parse
 from moe_compile.ops.quantize_dispatch import counting_sort
 
 CASES = Cases(__file__)
@@ -123,9 +125,9 @@ def gradients_in_other_dtypes() -> None:
 TWO_HALVES = HALVES.format(i=16, j=32)
 
 
-def summed(provider: str, x: Any, w: Any, w13: Any, w2: Any, ids: Any) -> Any:
+def summed(provider: str, x: Any, w: Any, w13: Any, w2: Any, ids: Any, text: str = TWO_HALVES) -> Any:
     order, offsets = counting_sort(ids, w2.shape[0])
-    texts = (TWO_HALVES, "eoi,eoi", "", 2)
+    texts = (text, "eoi,eoi", "", 2)
     return torch.ops.moe_compile.permute_experts_combine.default(x, order, offsets, None, [w13, w2], [], *texts, w, x.dtype, provider)
 
 
@@ -168,6 +170,34 @@ def gradients_again_and_of_some() -> None:
         alike(torch.autograd.grad(summed("triton", *frozen, ids).square().sum(), [own]), wanted[at : at + 1])
     again = torch.utils.checkpoint.checkpoint(summed, "triton", *given, ids, use_reentrant=False)
     alike(torch.autograd.grad(again.square().sum(), given), wanted)
+
+
+UNREAD = ("silu(cols(mm(0, x), 0, 16, 1)) * cols(mm(0, x), 32, 48, 1)", "silu(cols(mm(0, x), 16, 32, 1))", "cols(mm(0, x), 1, 33, 2)")
+
+
+@CASES.add(*((hidden,) for hidden in UNREAD))
+def gradients_of_columns_that_are_not_read(hidden: str) -> None:
+    """They are zero, and nothing else is touched by them."""
+    given, ids = tensors(9)
+    g = torch.Generator().manual_seed(0)
+    given[2] = torch.randn((4, 48, 16), generator=g).to(where()).requires_grad_()
+    text = f"mm(1, {hidden})"
+    wanted = torch.autograd.grad(summed("reference", *given, ids, text).square().sum(), given)
+    alike(torch.autograd.grad(summed("triton", *given, ids, text).square().sum(), given), wanted)
+
+
+AGAIN = ("silu(cols(mm(0, x), 0, 16, 1)) * cols(mm(0, x), 8, 24, 1)", "cols(mm(0, x), 0, 16, 1) * cols(mm(0, x), 0, 1, 1)")
+
+
+@CASES.add(*((hidden,) for hidden in AGAIN))
+def gradients_of_columns_that_are_read_again(hidden: str) -> None:
+    """They are refused, before anything runs; the forward is not."""
+    given, ids = tensors(9)
+    text = f"mm(1, {hidden})"
+    alike([summed("triton", *(each.detach() for each in given), ids, text)], [summed("reference", *given, ids, text)])
+    assert "reads some again" in str(launch_backward.unfit(typical_layers(parse(text), torch.float32), parse(text)))
+    with pytest.raises(ValueError, match="choose another provider"):
+        summed("triton", *given, ids, text)
 
 
 @CASES.add()

@@ -54,11 +54,19 @@ def unfit(layers: Sequence[Layer], program: Program) -> str | None:
     if sum(bool(layer.products) for layer in layers) != 2 or not _plain(layers[-1], program) or stops:
         return f"the backward takes two layers of products, the last with a bias at most, and no stop; {text!r} is not of that form"
     hidden = layers[-2]
+    if any(each.step == 0 for each in hidden.products) or (len(hidden.products) > 1 and _overlap(*hidden.products, hidden.width)):
+        return f"the backward takes products whose columns are read once, {text!r} reads some again"
     for at, bias in enumerate(hidden.biases):
         readers = [op for op in hidden.body if f"b{at}" in op.args]
         if len(readers) != 1 or readers[0].function != "add" or _added_to(hidden, readers[0].args, bias) is None:
             return f"the backward takes biases that are added to their product and read nowhere else, in {text!r}"
     return None
+
+
+def _overlap(a: Columns, b: Columns, width: int) -> bool:
+    """Do both read a column of one weight?"""
+    first, second = (range(each.start, each.start + each.step * width, each.step) for each in (a, b))
+    return a.of == b.of and not set(first).isdisjoint(second)
 
 
 def _plain(last: Layer, program: Program) -> bool:
@@ -112,7 +120,7 @@ def carried_types(call: Call, layers: Sequence[Layer], needs: Sequence[bool]) ->
     return [
         ((padded, call.values[-1].width), last.operand),
         ((padded, hidden.width) if _wants_weights(call, needs) else (0,), last.operand),
-        (slots if _scale(call) is not None else (0,), torch.float32),
+        (slots if call.combined and call.combine_weights is not None else (0,), torch.float32),
         (slots if hidden.reads_w else (0,), torch.float32),
         *(((padded, call.weights.fan(j)[1]), hidden.operand) for j in first_weights(layers)),
     ]
@@ -209,7 +217,7 @@ def _through_epilogue(
 
     padded, device = dh_PI.shape[0], dh_PI.device
     t = configs.reverse_rows(plan.block_rows, hidden.width)
-    dz = {j: torch.empty((padded, each.shape[1]), dtype=hidden.operand, device=device) for j, each in z.items()}
+    dz = {j: _new_gradient(hidden, j, padded, each) for j, each in z.items()}
     h = None if not wants_h else dh_PI if t.in_place and dh_PI.dtype == last.operand else torch.empty_like(dh_PI, dtype=last.operand)
     scale = _scale(call)
     per_row = [torch.empty(padded, dtype=torch.float32, device=device) if each else None for each in (scale is not None, hidden.reads_w)]
@@ -226,6 +234,13 @@ def _through_epilogue(
             num_warps=t.warps,
         )  # fmt: skip
     return h, dz, per_row[0], per_row[1]
+
+
+def _new_gradient(hidden: Layer, j: int, padded: int, like: Any) -> Any:
+    """[P, OUT] for dz; zeros in columns that nothing reads."""
+    read = hidden.width * sum(each.of == j for each in hidden.products)
+    new = torch.empty if read == like.shape[1] else torch.zeros
+    return new((padded, like.shape[1]), dtype=hidden.operand, device=like.device)
 
 
 def _turned(layer: Layer, j: int | None = None) -> Layer:

@@ -25,6 +25,7 @@ from moe_compile.ops.program import Program, Step
 
 MOST_PRODUCTS = 2
 MOST_BIASES = 2
+UNKNOWN = 2  # a typical width: more than a number for each row
 
 
 class Unfit(Exception):
@@ -97,17 +98,24 @@ def unfit(program: Program, dtype: torch.dtype, layouts: Sequence[Slot] = ()) ->
 
 
 def typical_layers(program: Program, dtype: torch.dtype) -> tuple[Layer, ...]:
-    """The layers where nothing is known of widths: right in all but widths. Raises Unfit."""
-    return layers_of(program, tuple(_typical(step, dtype) for step in program.steps))
+    """The layers where nothing is known of widths: right in all but widths that no column slice tells. Raises Unfit."""
+    values: list[Value] = []
+    for step in program.steps:
+        values.append(_typical(step, dtype, values))
+    return layers_of(program, tuple(values))
 
 
-def _typical(step: Step, dtype: torch.dtype) -> Value:
+def _typical(step: Step, dtype: torch.dtype, before: Sequence[Value]) -> Value:
     """A step's type where nothing is known of widths."""
     if step.op == "const":
         return Value(0, None, step.attrs[0])
-    if step.op in FUNCTIONS and FUNCTIONS[step.op].result == "bool":
-        return Value(2, torch.bool)
-    return Value(1 if step.op == "w" else 2, dtype)
+    if step.op == "cols":
+        start, stop, stride = step.attrs
+        return Value(len(range(start, stop, stride)), before[step.args[0]].dtype)
+    if step.op in ("x", "mm", "b", "w"):
+        return Value(1 if step.op == "w" else UNKNOWN, dtype)
+    width = max(before[arg].width for arg in step.args)
+    return Value(width, torch.bool if step.op in FUNCTIONS and FUNCTIONS[step.op].result == "bool" else dtype)
 
 
 def _rows(program: Program, operand: int) -> int | None:
