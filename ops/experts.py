@@ -36,9 +36,10 @@ LOCAL = "local_experts"  # (call without order, ids [T, K], number of experts, o
 COMBINED = "permute_experts_combine"  # these three: experts_combine.py
 COMBINED_SAVING = COMBINED + "_saving"
 COMBINED_BACKWARD = COMBINED + "_backward"
-REVERSE = COMBINED + "_reverse"  # these three: experts_two_steps.py
+REVERSE = COMBINED + "_reverse"  # these four: experts_two_steps.py
 CARRIED = COMBINED + "_carried"
 GRADIENTS = COMBINED + "_gradients"
+LAST = COMBINED + "_last"
 BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one

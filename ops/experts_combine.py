@@ -64,13 +64,18 @@ def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
 
 
 def _backward_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
-    *inputs, provider, needs_grad = args
+    call, grad, kernel = backward_of(experts.COMBINED_BACKWARD, grad_TO, *args)
+    found: list[Any] = kernel(call, grad, saved, args[-1])
+    return found
+
+
+def backward_of(name: str, grad_TO: Any, *args: Any) -> tuple[experts.Call, Any, Any]:
+    """(the call, its gradient, the provider's kernel), from the arguments of an op of the backward."""
+    *inputs, provider, _ = args
     call, _ = prepare(*inputs)
     experts.check_slots(call)
     # Products are taken in y's dtype; where it is narrower than out's, its gradient is rounded to it, as in autograd.
-    grad = grad_TO.to(call.values[-1].dtype)
-    found: list[Any] = registry.kernel("experts", provider, experts.COMBINED_BACKWARD)(call, grad, saved, needs_grad)
-    return found
+    return call, grad_TO.to(call.values[-1].dtype), registry.kernel("experts", provider, name)
 
 
 def _backward_fake(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:

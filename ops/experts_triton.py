@@ -24,6 +24,7 @@ from .experts import (
     COMBINED_BACKWARD,
     COMBINED_SAVING,
     GRADIENTS,
+    LAST,
     LOCAL,
     NAME,
     REVERSE,
@@ -66,9 +67,9 @@ def forward_combined(call: Call, out_dtype: Any) -> Any:
 def forward_local(call: Call, ids_TK: Any, num_experts: int, out_dtype: Any) -> Any:
     """out [T, O] straight from the ids; one token's slots each by itself, without sorting."""
     layers = layers_of(call.program, call.values)
-    if launch_few.fits(layers, *ids_TK.shape):
+    own = _quantized(call)
+    if launch_few.fits(layers, *ids_TK.shape) and (own is None or launch_scaled_few.fits(own)):
         x_TH, weights_TK = _inputs(call)
-        own = _quantized(call)
         run = launch_few.run if own is None else launch_scaled_few.run
         weights: Any = call.weights if own is None else own
         return run(layers, x_TH, ids_TK, num_experts, weights, call.biases, weights_TK, call.combine_weights, out_dtype)
@@ -107,9 +108,18 @@ def reverse(call: Call, grad: Any, saved: list[Any], needs_grad: Sequence[bool])
 
 def carried_types(call: Call, needs_grad: Sequence[bool]) -> list[tuple[tuple[Any, ...], torch.dtype]]:
     """(shape, dtype) of what reverse gives."""
+    return launch_backward.carried_types(call, _layers(call), needs_grad)
+
+
+def last_of(call: Call) -> tuple[list[bool], list[bool]]:
+    """Which of reverse's tensors, and which of call.parameters(), are of the gradients of the last products' weights and biases."""
+    layers = _layers(call)
+    return launch_backward.Carried.of_last(layers), launch_backward.parameters_of_last(call, layers)
+
+
+def _layers(call: Call) -> tuple[Layer, ...]:
     symbolic = any(not isinstance(value.width, int) for value in call.values)  # which no cache takes
-    layers = (layers_of.__wrapped__ if symbolic else layers_of)(call.program, call.values)
-    return launch_backward.carried_types(call, layers, needs_grad)
+    return (layers_of.__wrapped__ if symbolic else layers_of)(call.program, call.values)
 
 
 def gradients(call: Call, carried: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
@@ -270,5 +280,5 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     REVERSE: reverse,
     GRADIENTS: gradients,
 }
-KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()} | {CARRIED: carried_types}
+KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()} | {CARRIED: carried_types, LAST: last_of}
 PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))

@@ -3,9 +3,10 @@
     reverse     from the gradient of out and the saved products to what stands between: gradients of the products, and what else is needed
     gradients   from that to the gradients of x, weights, biases
 
-Autograd frees what a node saved when the node's backward is done. In two nodes the saved products are gone before the gradients of the
-weights need their memory, in eager mode and (as two ops) in a compiled graph. The first node computes nothing: its outputs are tokens
-without memory, in the shapes of what its backward gets as their gradients.
+Autograd frees what a node saved or was given when the node's backward is done. In nodes of their own the saved products are gone before
+the gradients of the weights need memory, and what the last products' gradients need is gone before those of the first ones do; in eager
+mode and (as ops) in a compiled graph. Nodes of parameters compute nothing: their outputs are tokens without memory, in the shapes of what
+their backward gets as gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from . import experts, registry
 from ._register import below_autograd, register_op
-from .experts_combine import ARGS, SAVING_OP, arguments, prepare
+from .experts_combine import ARGS, SAVING_OP, arguments, backward_of, prepare
 
 REVERSE_SCHEMA = f"{experts.REVERSE}(Tensor grad_TO, Tensor[] saved, {ARGS}, bool[] needs_grad) -> Tensor[]"
 GRADIENTS_SCHEMA = f"{experts.GRADIENTS}(Tensor[] carried, {ARGS}, bool[] needs_grad) -> Tensor[]"
@@ -29,12 +30,8 @@ def takes(provider: str) -> bool:
 
 
 def _reverse_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
-    *inputs, provider, needs_grad = args
-    call, _ = prepare(*inputs)
-    experts.check_slots(call)
-    # Products are taken in y's dtype; where it is narrower than out's, its gradient is rounded to it, as in autograd.
-    grad = grad_TO.to(call.values[-1].dtype)
-    found: list[Any] = registry.kernel("experts", provider, experts.REVERSE)(call, grad, saved, needs_grad)
+    call, grad, kernel = backward_of(experts.REVERSE, grad_TO, *args)
+    found: list[Any] = kernel(call, grad, saved, args[-1])
     return found
 
 
@@ -63,32 +60,31 @@ def _gradients_fake(carried: list[Any], *args: Any) -> list[Any]:
 
 
 class _Parameters(torch.autograd.Function):
-    """Gives tokens, and takes their gradients to those of the parameters."""
+    """Gives tokens for some of what stands between, and takes their gradients to those of some parameters, which need no other."""
 
     @staticmethod
-    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], *tensors: Any) -> Any:
-        ctx.num_weights, ctx.rest, ctx.needs = num_weights, rest, needs
+    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], types: tuple[Any, ...], *tensors: Any) -> Any:
+        ctx.num_weights, ctx.rest, ctx.needs, ctx.wanted = num_weights, rest, needs, [each is not None for each in types]
         ctx.save_for_backward(*tensors)
-        x = tensors[0]
-        types = _types(*arguments(num_weights, rest, tensors), needs)
-        return tuple(x.new_empty((), dtype=dtype).expand(shape) for shape, dtype in types)  # no kernel: their values are never read
+        return tuple(tensors[0].new_empty((), dtype=each[1]).expand(each[0]) for each in types if each)  # no kernel: they are never read
 
     @staticmethod
-    def backward(ctx: Any, *carried: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
+        tensors, part = ctx.saved_tensors, iter(given)
+        carried = [next(part) if wanted else tensors[0].new_empty(0) for wanted in ctx.wanted]
         with below_autograd():
-            found = GRADIENTS_OP.overload(list(carried), *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
+            found = GRADIENTS_OP.overload(carried, *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
         grads = experts.first_derivatives(found, ctx.needs, tensors)
-        return None, None, None, grads[0], None, None, *grads[1:]
+        return None, None, None, None, grads[0], None, None, *grads[1:]
 
 
 class _Sum(torch.autograd.Function):
     """Computes out and keeps products for its backward, which gives the tokens' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], num_tokens: int, *tensors: Any) -> Any:
-        own = tensors[num_tokens:]
-        ctx.num_weights, ctx.rest, ctx.needs, ctx.num_tokens = num_weights, rest, needs, num_tokens
+    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], of: tuple[int, ...], *tensors: Any) -> Any:
+        own = tensors[len(of) :]
+        ctx.num_weights, ctx.rest, ctx.needs, ctx.of = num_weights, rest, needs, of
         with below_autograd():
             out, saved = SAVING_OP.overload(*arguments(num_weights, rest, own), needs)
         ctx.num_saved = len(saved)
@@ -101,16 +97,32 @@ class _Sum(torch.autograd.Function):
         saved, tensors = kept[: ctx.num_saved], kept[ctx.num_saved :]
         with below_autograd():
             carried = REVERSE_OP.overload(grad_TO, list(saved), *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
-        return None, None, None, None, *carried, *(None for _ in tensors)
+        return None, None, None, None, *(carried[at] for at in ctx.of), *(None for _ in tensors)
 
 
 def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> Any:
     """out [T, O], differentiable. tensors: the op's, in one row (experts_combine.arguments); at least one of them needs a gradient."""
     x, _, _, topk_weights, *params, combine_weights = tensors
     needs = tuple(each is not None and each.requires_grad for each in (x, topk_weights, *params, combine_weights))
-    tokens = _Parameters.apply(num_weights, rest, needs, *tensors)
+    args = *arguments(num_weights, rest, tensors), needs
+    types, (last, last_needs) = _types(*args), _last(*args)
+    tokens: list[Any] = []
+    of: list[int] = []
+    for late in (False, True):  # nodes run from the newest on: the last products' first
+        part = tuple(need and own == late for need, own in zip(needs, last_needs, strict=True))
+        if any(part):
+            wanted = [at for at, own in enumerate(last) if own == late]
+            of += wanted
+            tokens += _Parameters.apply(num_weights, rest, part, tuple(t if at in wanted else None for at, t in enumerate(types)), *tensors)
     fixed = [None if each is None else each.detach() for each in tensors]
-    return _Sum.apply(num_weights, rest, needs, len(tokens), *tokens, *fixed)
+    return _Sum.apply(num_weights, rest, needs, tuple(of), *tokens, *fixed)
+
+
+def _last(*args: Any) -> tuple[list[bool], list[bool]]:
+    """Which of what stands between, and which parameters, are of the last products' gradients."""
+    *inputs, provider, _ = args
+    found: tuple[list[bool], list[bool]] = registry.kernel("experts", provider, experts.LAST)(prepare(*inputs)[0])
+    return found
 
 
 REVERSE_OP = register_op(REVERSE_SCHEMA, _reverse_kernel, _reverse_fake)

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 from moe_compile.ops import experts as stage
 from moe_compile.ops import experts_batched, experts_combine, experts_triton, local_experts
 from moe_compile.ops.comm import exchange
-from moe_compile.ops.kernels import launch, launch_backward, launch_few, launch_scaled, launch_scaled_few, plan
+from moe_compile.ops.kernels import launch, launch_backward, launch_few, launch_hopper, launch_scaled, launch_scaled_few, plan
 from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.quantized import scales_dtype, shapes_of, values_dtype
 
@@ -66,8 +66,8 @@ def pretended() -> Any:
         stack.enter_context(mock.patch.object(plan, "_check_device"))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", side_effect=contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch, "empty", torch.zeros))
-        for module in (launch, launch_backward, launch_few, launch_scaled, launch_scaled_few):
-            for name, value in {**types, "starts_early": lambda device: True, "on_a_gpu": lambda device: True}.items():
+        for module in (launch, launch_backward, launch_few, launch_scaled, launch_scaled_few, launch_hopper):
+            for name, value in {**types, **dict.fromkeys(("starts_early", "on_a_gpu", "on_hopper"), lambda device: True)}.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         yield
@@ -141,6 +141,8 @@ CASES: dict[str, Callable[[], None]] = {
     "batched, e4m3 rows": lambda: batched(2, 128, torch.float8_e4m3fn),
     "fp8_block_w, 16 rows": lambda: quantised("fp8_block_w", 64),
     "fp8_block, 64 rows": lambda: quantised("fp8_block", 256),
+    "fp8_block, 128 rows": lambda: quantised("fp8_block", 4096),
+    "fp8_channel, 128 rows": lambda: quantised("fp8_channel", 4096),
     "mxfp4, pairs, 16 rows": lambda: quantised("mxfp4", 16, PAIRS),
     "backward": lambda: layer(4096, 2, 8, 2048, 768, backward=True),
     "backward, weighted rows": lambda: layer(4096, 2, 8, 2048, 768, program=SPREAD, backward=True),

@@ -26,7 +26,7 @@ from triton_cases import (
 )
 
 from moe_compile.ops import experts, experts_triton
-from moe_compile.ops.kernels import configs, launch, launch_backward
+from moe_compile.ops.kernels import configs, configs_backward, launch, launch_backward
 from moe_compile.ops.kernels.layers import typical_layers
 from moe_compile.ops.program import parse
 from moe_compile.ops.quantize_dispatch import counting_sort
@@ -101,6 +101,12 @@ TRAINED |= {"added": ADDED, "both biases": BOTH, "weighted rows": SPREAD}
 @CASES.add(*((name, layout) for name in TRAINED for layout in LAYOUTS))
 def gradients(name: str, layout: str) -> None:
     run_backward(TRAINED[name], layout, SMALL, routing="holes", seed=5)
+
+
+@CASES.add(*((layout,) for layout in LAYOUTS))
+def gradients_of_some_columns_at_a_time(layout: str) -> None:
+    with mock.patch.object(configs_backward, "read_columns", return_value=8):
+        run_backward(HALVES, layout, Sizes(12, 2, 3, 20, 16))
 
 
 @CASES.add(*((name,) for name in FUNCTION_PROGRAMS))
@@ -201,25 +207,55 @@ def gradients_of_columns_that_are_read_again(hidden: str) -> None:
 
 
 @CASES.add()
-def products_are_freed_between_both_halves() -> None:
-    """When weights get their gradients, what the forward saved is gone."""
+def gradients_of_weights_of_two_layers() -> None:
+    """A weight or a bias that both layers read is refused in training, and right without."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g).to(where()) for s in ((9, 16), (4, 16, 16), (4, 16)))
+    order, offsets = counting_sort(torch.randint(0, 4, (9, 2), generator=g).to(where()), 4)
+    for text, biases in (("mm(0, relu(mm(0, x)))", []), ("mm(1, relu(mm(0, x) + b(0))) + b(0)", [b])):
+        weights = [w, w.flip(0)] if biases else [w]
+        texts = (text, ",".join("eoi" for _ in weights), "eo" if biases else "", 2)
+
+        def run(provider: str, x: Any) -> Any:
+            args = (x, order, offsets, None, weights, biases, *texts, None, None)  # noqa: B023
+            return torch.ops.moe_compile.permute_experts_combine.default(*args, provider)
+
+        alike([run("triton", x)], [run("reference", x)])
+        with pytest.raises(ValueError, match="weights and biases of their own"):
+            run("triton", x.clone().requires_grad_())
+
+
+@CASES.add()
+def products_are_freed_on_the_way_back() -> None:
+    """What the forward saved is gone when weights get gradients, and what the last layer's are made of when the first one's do."""
     given, ids = tensors(7)
-    kept: list[Any] = []
-    real, seen = experts_triton.KERNELS[experts.GRADIENTS], []
+    kernels = experts_triton.KERNELS
+    saving, reverse, gradients_of = (kernels[name] for name in (experts.COMBINED_SAVING, experts.REVERSE, experts.GRADIENTS))
+    kept: list[list[Any]] = [[], []]
+    seen: list[list[bool]] = []
 
-    def saving(*args: Any) -> Any:
-        out, saved = saving.real(*args)  # type: ignore[attr-defined]
-        kept.extend(weakref.ref(each) for each in saved)
-        return out, saved
+    def remembered(at: int, tensors: Any) -> Any:
+        kept[at].extend(weakref.ref(each) for each in tensors)
 
-    def gradients_of(*args: Any) -> Any:
-        seen.append([each() is None for each in kept])
-        return real(*args)
+    def saved(*args: Any) -> Any:
+        found = saving(*args)
+        remembered(0, found[1])
+        return found
 
-    saving.real = experts_triton.KERNELS[experts.COMBINED_SAVING]  # type: ignore[attr-defined]
-    with mock.patch.dict(experts_triton.KERNELS, {experts.GRADIENTS: gradients_of, experts.COMBINED_SAVING: saving}):
+    def reversed_(*args: Any) -> Any:
+        found = reverse(*args)
+        remembered(1, found[:2])
+        return found
+
+    def last_or_first(*args: Any) -> Any:
+        seen.append([all(each() is None for each in own) for own in kept])
+        return gradients_of(*args)
+
+    spies = {experts.COMBINED_SAVING: saved, experts.REVERSE: reversed_, experts.GRADIENTS: last_or_first}
+    with mock.patch.dict(kernels, spies):
         summed("triton", *given, ids).sum().backward()
-    assert seen == [[True]], seen
+    assert all(kept)
+    assert seen == [[True, False], [True, True]], seen
 
 
 @CASES.add()

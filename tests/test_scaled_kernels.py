@@ -13,7 +13,7 @@ from triton_cases import Sizes, routed
 from moe_compile.ops import experts
 from moe_compile.ops.comm.payload import dequantize as dequantize_rows
 from moe_compile.ops.comm.payload import quantize_rows
-from moe_compile.ops.kernels import configs_scaled, launch, launch_scaled, launch_scaled_few
+from moe_compile.ops.kernels import configs_scaled, launch, launch_hopper, launch_scaled, launch_scaled_few
 from moe_compile.ops.kernels.layers import layers_of
 from moe_compile.ops.kernels.plan import plan_of_ids
 from moe_compile.ops.layout import Params
@@ -210,6 +210,26 @@ test_in_interpreter = CASES.test()
 @pytest.mark.parametrize("name", CASES.functions)
 def test_on_a_gpu(name: str) -> None:
     CASES.functions[name]()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("routing", ["random", "holes", "one"])
+@pytest.mark.parametrize("sent", ["", "rows", "groups"])
+@pytest.mark.parametrize("kind", ["fp8_block", "fp8_channel"])
+def test_roles_for_warps(kind: str, sent: str, routing: str) -> None:
+    """The kernel for many rows on Hopper: tails of inputs and of columns, more tiles than programs, experts without tokens."""
+    if not launch_hopper.on_hopper(torch.device("cuda", 0)):
+        pytest.skip("for Hopper alone")
+    sizes = {
+        "halves": (Sizes(70, 2, 2, 384, 128), Sizes(700, 4, 9, 272, 256), Sizes(3000, 4, 40, 2048, 640)),
+        "apart": (Sizes(300, 2, 3, 400, 144), Sizes(129, 1, 2, 128, 48)),
+        "one": (Sizes(1, 1, 1, 256, 128), Sizes(513, 3, 5, 1040, 336)),
+    }
+    for name, all_of in sizes.items():
+        for s in all_of:
+            with mock.patch.object(launch_hopper, "run", wraps=launch_hopper.run) as ran:
+                run(name, kind, s, sent=sent, block=128, routing=routing)
+            assert ran.call_count == 2
 
 
 # ---------------------------------------------------------------- formats

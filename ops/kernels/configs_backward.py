@@ -46,6 +46,11 @@ def reverse_rows(block_rows: int, width: int) -> Piece:
     return Piece(rows, cols, 4, 16, in_place=rows * cols >= 4 * 32 * 8)
 
 
+def read_columns(hidden: int) -> int:
+    """Columns of x that stand in sorted order at a time: half of many, for the gradients of weights have the most memory under way."""
+    return max(1, hidden) if hidden < 1024 else -(-hidden // 256) * 128
+
+
 def weight_tiles(high: int, wide: int, itemsize: int, block_rows: int) -> Grid:
     """Of an expert's gradient [high, wide] over its rows, in steps that a block holds several of."""
     cols = min(256 if itemsize == 2 else 128, _power(wide))
@@ -53,6 +58,13 @@ def weight_tiles(high: int, wide: int, itemsize: int, block_rows: int) -> Grid:
     while t.stages > 2 and t.stages * t.depth * (t.rows + t.cols) * itemsize > STAGED:
         t = replace(t, stages=t.stages - 1)
     return replace(t, warps=t.warps if t.rows * t.cols >= 4096 else 4)
+
+
+def smaller(t: Grid) -> Grid | None:
+    """What to try where tiles do not fit in a device's shared memory: fewer under way, then smaller ones. None: there are none."""
+    if t.stages > 2:
+        return replace(t, stages=t.stages - 1)
+    return replace(t, cols=t.cols // 2, stages=3) if t.cols > 16 else None
 
 
 def _power(size: int) -> int:

@@ -14,25 +14,34 @@ from .tiles import Shape, Tiles
 DEPTH = 128
 COLS = 128
 MOST_STAGES = 6
+MOST_TURNED = 1 << 25
 
 
-def block_rows(shape: Shape, kind: str, pairs: bool) -> int:
-    """Rows of a block, all layers of a call share them. Pairs in e4m3 have two accumulators of twice the columns."""
+def few(kind: str, numbers: int) -> bool:
+    """Take a token's slots each by itself? numbers: of an expert's weight. Turning many from e4m3 takes longer than multiplying them."""
+    return kind not in ("fp8", "e4m3") or numbers < MOST_TURNED
+
+
+def block_rows(shape: Shape, kind: str, roles: bool) -> int:
+    """Rows of a block, all layers of a call share them. roles: of warps in the kernel for many rows (scaled_hopper.py)."""
     rows = shape.slots / max(1, shape.experts)
     if rows <= 8:
         return 16
     if rows <= 24:
         return 32
-    return 64 if rows <= 64 or (pairs and kind == "fp8") else 128
+    return 64 if rows <= 64 or (kind == "fp8" and not roles) else 128
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
-    """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products."""
+    """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products.
+
+    In e4m3 each step's sum is added up outside the tensor core, which others use meanwhile: programs share a multiprocessor.
+    """
     few = rows <= 32
     cols = COLS // 2 if pairs and not quantised_next else COLS
     if kind == "fp8":
         warps = 4 if few or (rows == 64 and cols * (2 if pairs else 1) <= COLS) else 8
-        t = Tiles(rows, cols, DEPTH, warps, MOST_STAGES, 1 if few else 8, swap=few, persistent=rows == 128, half=rows == 128, early=few)
+        t = Tiles(rows, cols, DEPTH, warps, 3 if few else 2, 1 if few else 8, swap=few, early=few)
     else:
         t = Tiles(rows, cols, DEPTH, 4 if few else 8, MOST_STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
     while t.stages > 2 and staged(t, shape, kind, pairs) > STAGED:
@@ -48,7 +57,7 @@ def smaller(t: Tiles) -> Tiles | None:
 def staged(t: Tiles, shape: Shape, kind: str, pairs: bool) -> int:
     """Bytes of shared memory of the tiles under way."""
     bits = 4 if kind in ("int4", "fp4") else 8
-    cols = t.cols * (2 if pairs or t.half else shape.products)
+    cols = t.cols * (2 if pairs else shape.products)
     item = 1 if kind == "fp8" else shape.itemsize
     store = t.rows * t.cols * shape.itemsize if t.persistent else 0
     return t.stages * t.depth * (t.rows * item + cols * bits // 8) + store
@@ -69,4 +78,5 @@ def strip(units: int, per_group: int, size: int, transposed: bool, last: bool) -
     while groups * per_group * size < most and groups * per_group < units:
         groups *= 2
     held = groups * per_group * size
-    return (1 if held > STRIP else 2), groups, max(1, min(4, held // 1024))
+    warps = max(1, min(4, held // 1024))
+    return max(1 if held > STRIP else 2, 2 * 32 * warps // (groups * per_group)), groups, warps  # two units a thread at least

@@ -55,16 +55,17 @@ def weight_tile(
 
 
 @triton.jit
-def row_tile(
-    a, at, row0, k, IN, BM: tl.constexpr, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
+def row_tile(a, at, row0, k, IN, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr):
     """[BM, BK] of the block's rows."""
     if FROM == "tma":
         tile = a.load([row0, k])
     else:
         ks = k + tl.arange(0, BK)
-        tile = tl.load(at + ks[None, :]) if EVEN else tl.load(at + ks[None, :], mask=ks[None, :] < IN, other=0.0)
-    return tile.to(DTYPE)
+        if EVEN:
+            tile = tl.load(at + ks[None, :])
+        else:
+            tile = tl.load(at + ks[None, :], mask=ks[None, :] < IN, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def _tile(
     acc = tl.zeros([N, BM] if SWAP else [BM, N], tl.float32)
     more = acc
     for k in tl.range(0, IN, BK):
-        x = row_tile(a, at, row0, k, IN, BM, BK, A_FROM, EVEN, DTYPE)
+        x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN).to(DTYPE)
         w = weight_tile(w0, base0, wide, k, row, i0, o0, IN, W_FROM, N, BK, EVEN, TRANSPOSED, DTYPE)
         acc = dot(x, w, acc, SWAP, PRECISION)
         if FORM == "apart":

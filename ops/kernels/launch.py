@@ -11,7 +11,7 @@ import torch
 
 from moe_compile.ops.layout import Params
 
-from . import configs
+from . import configs, fitting
 from .layers import Columns, Layer
 from .plan import Plan
 
@@ -79,9 +79,6 @@ def product(layer: Layer, rows_PI: Any, weights: Params, width: int, plan: Plan)
     return _layer(layer, tiles, rows_PI, False, weights, weights, None, 1, plan, turned=True)
 
 
-_smaller: dict[Any, configs.Tiles] = {}  # what fitted where the tiles that were chosen did not
-
-
 def _layer(
     layer: Layer, t: configs.Tiles, rows: Any, gather: bool, weights: Params, biases: Params, route_w: Any, top_k: int, plan: Plan,
     saves: Saves | None = None, turned: bool = False,
@@ -92,19 +89,12 @@ def _layer(
         raise ValueError(f"tiles of {t.rows} rows do not fit the plan's blocks of {plan.block_rows}")
     if not out.numel():
         return out
-    from triton.runtime.errors import OutOfResources
-
-    key = layer, t, turned, rows.device
-    chosen: configs.Tiles | None = _smaller.get(key, t)
-    while chosen is not None:
-        try:
-            _launch(layer, chosen, rows, gather, weights, biases, route_w, top_k, plan, saves, turned, out)
-            return out
-        except OutOfResources as error:  # found when it is compiled: nothing ran
-            chosen, reason = configs.smaller(chosen), error
-            if chosen is not None:
-                _smaller[key] = chosen
-    raise RuntimeError(f"no tiles fit {rows.device}'s shared memory for {layer}: {reason}")
+    fitting.start(
+        t, (layer, turned, rows.device), configs.smaller,
+        lambda fit: _launch(layer, fit, rows, gather, weights, biases, route_w, top_k, plan, saves, turned, out),
+        f"{layer} on {rows.device}",
+    )  # fmt: skip
+    return out
 
 
 def _launch(
@@ -322,7 +312,7 @@ def table(tensors: Any) -> Any:
 
 def alike(tensors: Sequence[Any]) -> list[Any]:
     """The tensors of a list, with the first one's dtype and strides and from a multiple of 16 bytes on: those that differ as copies."""
-    first = tensors[0] if tensors[0].is_contiguous() or tensors[0].t().is_contiguous() else tensors[0].contiguous()
+    first = tensors[0] if 1 in tensors[0].stride() else tensors[0].contiguous()
     return [_like(tensor, first) for tensor in tensors]
 
 

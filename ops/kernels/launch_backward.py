@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_compile.ops.experts import Call, empty_grads
+from moe_compile.ops.layout import Params
 from moe_compile.ops.program import Program
 
 from . import configs_backward as configs
-from . import launch
+from . import fitting, launch
 from .launch import PRECISION, Saves, biases_of, columns, descriptor, multiplied, processors, type_of
 from .layers import Columns, Layer
 from .plan import Plan, kept_rows
@@ -47,6 +48,21 @@ class Carried(NamedTuple):
     def tensors(self) -> list[Any]:
         return [*self[:4], *self.dz]
 
+    @staticmethod
+    def of_last(layers: Sequence[Layer]) -> list[bool]:
+        """Which of the tensors the gradients of the last layer's weight and bias are made of."""
+        return [True, True, False, False, *(False for _ in first_weights(layers))]
+
+
+def parameters_of_last(call: Call, layers: Sequence[Layer]) -> list[bool]:
+    """Which of call.parameters() are the last layer's."""
+    last = layers[-1]
+    own = [{each.of for each in last.products}, {each.of for each in last.biases}]
+    lists = [
+        [j in of for j, slot in enumerate(p.slots) for _ in range(slot.num)] for p, of in zip((call.weights, call.biases), own, strict=True)
+    ]
+    return [False, False, *lists[0], *lists[1], *([False] if call.combined else [])]
+
 
 def unfit(layers: Sequence[Layer], program: Program) -> str | None:
     """Why a program has no backward here."""
@@ -54,7 +70,13 @@ def unfit(layers: Sequence[Layer], program: Program) -> str | None:
     if sum(bool(layer.products) for layer in layers) != 2 or not _plain(layers[-1], program) or stops:
         return f"the backward takes two layers of products, the last with a bias at most, and no stop; {text!r} is not of that form"
     hidden = layers[-2]
-    if any(each.step == 0 for each in hidden.products) or (len(hidden.products) > 1 and _overlap(*hidden.products, hidden.width)):
+    if {each.of for each in hidden.products} & {each.of for each in layers[-1].products} or (
+        {each.of for each in hidden.biases} & {each.of for each in layers[-1].biases}
+    ):
+        return f"the backward takes layers with weights and biases of their own, {text!r} reads some in both"
+    if any(each.step == 0 for each in hidden.products) or (
+        len(hidden.products) > 1 and _overlap(hidden.products[0], hidden.products[1], hidden.width)
+    ):
         return f"the backward takes products whose columns are read once, {text!r} reads some again"
     for at, bias in enumerate(hidden.biases):
         readers = [op for op in hidden.body if f"b{at}" in op.args]
@@ -146,31 +168,51 @@ def _wants_weights(call: Call, needs: Sequence[bool]) -> bool:
 
 
 def gradients(call: Call, layers: Sequence[Layer], carried: Carried, needs: Sequence[bool], plan: Plan) -> list[Any]:
-    """Gradients in call.parameters() order."""
-    grads = empty_grads(call, needs)
-    num_weights = len(call.weights.tensors)
-    split, (hidden, last) = 2 + num_weights, layers[-2:]
+    """Gradients in call.parameters() order. What needs does not ask for is not read from carried."""
+    split, (hidden, last) = 2 + len(call.weights.tensors), layers[-2:]
     changes = layers[0] if len(layers) > 2 else None
+    x_TH = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
     dz = dict(zip(first_weights(layers), carried.dz, strict=True))
+    of_weights = [2 <= at < split for at in range(len(needs))]
+    grads = empty_grads(call, [need and not own for need, own in zip(needs, of_weights, strict=True)])
     if call.combined and call.combine_weights is not None and needs[-1]:
         grads[-1].copy_(carried.dscale)
     if needs[1]:
         grads[1].copy_(carried.dw) if hidden.reads_w else grads[1].zero_()
-    x_TH = call.x if call.x.stride(-1) == 1 else call.x.contiguous()
-    if _wants_weights(call, needs):
-        _weight(call, last, last.products[0].of, carried.h, carried.grad, grads[2:split], plan)
-        read_PH = _cleared(launch.spread(x_TH, plan, call.top_k, changes, _route_w(call) if changes is not None else None), plan)
-        for j, each in dz.items():
-            _weight(call, hidden, j, read_PH, each, grads[2:split], plan)
-        del read_PH
+    if needs[0] or (changes is not None and needs[1]):
+        _rows_gradients(call, hidden, changes, x_TH, dz, plan, grads, needs)
+    weights = empty_grads(call, [need and own for need, own in zip(needs, of_weights, strict=True)])[2:split]  # after rows, which need room
+    j = last.products[0].of
+    if _wanted(call.weights, j, weights):
+        _weight(call, last, j, carried.h, carried.grad, weights, plan)
+    if any(_wanted(call.weights, j, weights) for j in dz):
+        _first_weights(call, hidden, changes, x_TH, dz, weights, plan)
     bias_grads, wanted = grads[split:], needs[split:]
     for j in {each.of for each in hidden.biases}:
         _bias(call, j, _rows_of_bias(hidden, j, dz), None, bias_grads, wanted, plan)
     for bias in last.biases:
         _bias(call, bias.of, carried.grad, _scale(call), bias_grads, wanted, plan)
-    if needs[0] or (changes is not None and needs[1]):
-        _rows_gradients(call, hidden, changes, x_TH, dz, plan, grads, needs)
-    return grads
+    return [*grads[:2], *weights, *grads[split:]]
+
+
+def _wanted(params: Params, j: int, grads: Sequence[Any]) -> bool:
+    """Has weight j a gradient to be written?"""
+    slot = params.slots[j]
+    return any(each.numel() for each in grads[slot.first : slot.first + slot.num])
+
+
+def _first_weights(
+    call: Call, hidden: Layer, changes: Layer | None, x_TH: Any, dz: Mapping[int, Any], weights: Sequence[Any], plan: Plan
+) -> None:
+    """Of the first products, some columns of x at a time: its rows in sorted order are many times as large as x."""
+    route_w = _route_w(call) if changes is not None else None
+    step = configs.read_columns(x_TH.shape[1])
+    for begin in range(0, x_TH.shape[1], step):
+        part = x_TH[:, begin : begin + step]
+        read_PH = _cleared(launch.spread(part, plan, call.top_k, changes, route_w), plan)
+        for j, each in dz.items():
+            _weight(call, hidden, j, read_PH, each, weights, plan, begin)
+        del read_PH
 
 
 def _rows_gradients(
@@ -265,36 +307,53 @@ def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan) -> Any:
     return total
 
 
-def _weight(call: Call, layer: Layer, j: int, rows_P: Any, grad_P: Any, grads: Sequence[Any], plan: Plan) -> None:
-    """Weight j's gradient rows.T @ grad for each expert, into its place in grads. Padding is zero in one of both, and finite."""
-    from .backward_gemm import weight_kernel
+def _weight(call: Call, layer: Layer, j: int, rows_P: Any, grad_P: Any, grads: Sequence[Any], plan: Plan, begin: int = 0) -> None:
+    """Weight j's gradient rows.T @ grad for each expert, of inputs begin on, into its place in grads.
 
+    Padding is zero in one of both, and finite.
+    """
     slot = call.weights.slots[j]
-    own = grads[slot.first : slot.first + slot.num]
-    if not any(each.numel() for each in own):
+    given = grads[slot.first : slot.first + slot.num]
+    if not _wanted(call.weights, j, grads):
         return
-    like = next(each for each in own if each.numel())
-    own = launch.alike([each if each.numel() else torch.empty_like(like) for each in own]) if not slot.stacked else _rows_whole(own)
-    (fan_in, fan_out), (_, stride_in, stride_out) = call.weights.fan(j), launch.strides_of(slot, own[0])
+    fan_in, fan_out = rows_P.shape[1], call.weights.fan(j)[1]
+    like = next(each for each in given if each.numel())
+    whole = [each if each.numel() else torch.empty_like(like) for each in given]
+    axis = like.dim() - 2 + slot.axes.index("i")
+    parts = [each.narrow(axis, begin, fan_in) for each in whole]
+    own = launch.alike(parts) if not slot.stacked else _rows_whole(parts)
+    _, stride_in, stride_out = launch.strides_of(slot, own[0])
     sides = [(rows_P, fan_in, stride_in), (grad_P, fan_out, stride_out)]
     if stride_in == 1:  # the kernel's columns are next to each other in the gradient
         sides.reverse()
     (a, high, stride), (b, wide, _) = sides
-    t = configs.weight_tiles(high, wide, layer.operand.itemsize, plan.block_rows)
+    own_or_table = own[0] if slot.stacked else launch.table(own)
+    to = own_or_table, own[0].stride(0) if slot.stacked else 0, stride, "stack" if slot.stacked else "table", type_of(own[0].dtype)
+    tiles = configs.weight_tiles(high, wide, layer.operand.itemsize, plan.block_rows)
+    fitting.start(
+        tiles, ("gradient", layer.operand, high, wide, a.device), configs.smaller,
+        lambda fit: _products_by_expert(fit, a, b, (high, wide), to, layer.operand, plan), f"the gradient of weight {j} on {a.device}",
+    )  # fmt: skip
+    for part, written in zip(parts, own, strict=True):
+        if part is not written:
+            part.copy_(written)
+
+
+def _products_by_expert(t: configs.Grid, a: Any, b: Any, sizes: tuple[int, int], to: tuple[Any, ...], dtype: Any, plan: Plan) -> None:
+    """a.T @ b [high, wide] of each expert's rows, to: (where, strides of experts and of rows, and how the kernel writes it)."""
+    from .backward_gemm import weight_kernel
+
+    (high, wide), (out, of_expert, of_row, form, out_type) = sizes, to
     tiles_a, tiles_b, experts, device = -(-high // t.rows), -(-wide // t.cols), plan.counts.shape[0], plan.counts.device
     boxed = [launch.describable(each, each.dtype) for each in (a, b)]
     programs = min(experts * tiles_a * tiles_b, t.each * processors(device))
     weight_kernel[(programs,)](
-        descriptor(a, [t.depth, t.rows]) if boxed[0] else a, descriptor(b, [t.depth, t.cols]) if boxed[1] else b,
-        own[0] if slot.stacked else launch.table(own), plan.counts, plan.firsts, high, wide, tiles_a, tiles_b, programs, experts,
-        a.stride(0), b.stride(0), own[0].stride(0) if slot.stacked else 0, stride, A_FROM="tma" if boxed[0] else "rows",
-        B_FROM="tma" if boxed[1] else "rows", OUT_FROM="stack" if slot.stacked else "table", OUT_TYPE=type_of(own[0].dtype),
-        DTYPE=multiplied(layer.operand, device), PRECISION=PRECISION.get(layer.operand, "tf32"), BM=t.rows, BN=t.cols, BK=t.depth,
-        FLAT=t.flat, num_warps=t.warps, num_stages=t.stages,
+        descriptor(a, [t.depth, t.rows]) if boxed[0] else a, descriptor(b, [t.depth, t.cols]) if boxed[1] else b, out, plan.counts,
+        plan.firsts, high, wide, tiles_a, tiles_b, programs, experts, a.stride(0), b.stride(0), of_expert, of_row,
+        A_FROM="tma" if boxed[0] else "rows", B_FROM="tma" if boxed[1] else "rows", OUT_FROM=form, OUT_TYPE=out_type,
+        DTYPE=multiplied(dtype, device), PRECISION=PRECISION.get(dtype, "tf32"), BM=t.rows, BN=t.cols, BK=t.depth, FLAT=t.flat,
+        num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-    for given, written in zip(grads[slot.first : slot.first + slot.num], own, strict=True):
-        if given.numel() and given is not written:
-            given.copy_(written)
 
 
 def _rows_whole(own: Sequence[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from moe_compile.ops.layout import Params
 from moe_compile.ops.quantized import BLOCK, LONGEST_ROW, ROWS_TOO, Quantized
 
-from . import configs_scaled, launch_batched
+from . import configs_scaled, fitting, launch_batched, launch_hopper
 from .launch import (
     ALIGNMENT,
     PRECISION,
@@ -84,10 +84,12 @@ def run(
 
 def block_rows(layers: tuple[Layer, ...], weights: list[Quantized], slots: int, num_experts: int) -> int:
     """Rows of the plan's blocks."""
-    layer = next(each for each in layers if each.products)
-    own = operands_of(layer, weights)
+    layers = tuple(each for each in layers if each.products)
+    every = [operands_of(layer, weights) for layer in layers]
+    own, layer = every[0], layers[0]
     shape = Shape(slots, num_experts, own.inner, layer.width, len(layer.products), layer.operand.itemsize)
-    return configs_scaled.block_rows(shape, own.kind, own.form == "pairs")
+    roles = all(launch_hopper.suits(each, its, weights[0].values.device) for each, its in zip(layers, every, strict=True))
+    return configs_scaled.block_rows(shape, own.kind, roles)
 
 
 def on_a_gpu(device: Any) -> bool:
@@ -183,32 +185,25 @@ def _in_runs(x_TH: Any, runs: int, dtype: torch.dtype, changed: Layer | None, ro
 
 
 # ---------------------------------------------------------------- layers
-_smaller: dict[Any, Tiles] = {}  # what fitted where the tiles that were chosen did not
-
-
 def _layer(
     layer: Layer, own: Operands, follows: Operands | None, rows: Rows, biases: Params, route_w: Any, top_k: int, plan: Plan
 ) -> Rows:  # fmt: skip
     """The layer's rows, as the layer that follows reads them."""
-    from triton.runtime.errors import OutOfResources
-
     out = _room(layer, follows, plan)
     if not out.values.numel():
         return out
     shape = Shape(plan.likely, plan.counts.shape[0], own.inner, layer.width, len(layer.products), layer.operand.itemsize)
     t = configs_scaled.tiles(shape, plan.block_rows, own.kind, own.form == "pairs", out.scales is not None)
+    if launch_hopper.takes(layer, own, rows, out, plan):
+        launch_hopper.run(layer, own, rows, out, plan, t.group)
+        return out
     t = replace(t, persistent=t.persistent or plan.sparse)
-    key = layer, own.kind, t, out.values.device
-    chosen: Tiles | None = _smaller.get(key, t)
-    while chosen is not None:
-        try:
-            _launch(layer, chosen, own, follows, rows, out, biases, route_w, top_k, plan)
-            return out
-        except OutOfResources as error:  # found when it is compiled: nothing ran
-            chosen, reason = configs_scaled.smaller(chosen), error
-            if chosen is not None:
-                _smaller[key] = chosen
-    raise RuntimeError(f"no tiles fit {out.values.device}'s shared memory for {layer} with {own.kind} weights: {reason}")
+    fitting.start(
+        t, (layer, own.kind, out.values.device), configs_scaled.smaller,
+        lambda fit: _launch(layer, fit, own, follows, rows, out, biases, route_w, top_k, plan),
+        f"{layer} with {own.kind} weights on {out.values.device}",
+    )  # fmt: skip
+    return out
 
 
 def _room(layer: Layer, follows: Operands | None, plan: Plan) -> Rows:
@@ -236,8 +231,7 @@ def _launch(
     stored = runs == 1 and describable(out.values, out.values.dtype)
     boxed = _boxed(layer, own)
     early = t.early and starts_early(device)
-    form = "twin" if t.half and own.form == "one" else own.form
-    num_tiles = -(-limit // (2 * t.cols if form == "twin" else t.cols))
+    num_tiles = -(-limit // t.cols)
     programs = in_turn(t, layer, plan, device) if t.persistent else plan.blocks.shape[0] * num_tiles
     wide = t.cols * (2 if own.form == "pairs" else 1)
     a = descriptor(rows.values, [t.rows, t.depth]) if described else rows.values
@@ -247,21 +241,15 @@ def _launch(
         a, rows.scales, *w, *own.scales, *b, route_w if layer.reads_w else plan.slots, to, out.scales, plan.slots, plan.blocks,
         plan.num_blocks, inner, own.units, own.steps, layer.width, limit, num_tiles, programs,
         rows.values.stride(0), out.values.stride(0), plan.slots.shape[0], *own.strides, *own.scale_strides, *b_strides,
-        *_columns(layer, form), EPILOGUE=epilogue_of(layer), READS_W=layer.reads_w, BIASES=len(layer.biases), TOP_K=top_k, KIND=own.kind,
+        *columns(layer), EPILOGUE=epilogue_of(layer), READS_W=layer.reads_w, BIASES=len(layer.biases), TOP_K=top_k, KIND=own.kind,
         PER=own.per, W_SCALES=own.mode, A_SCALES=rows.mode, OUT_BLOCK=own.out_block, ONE=_one_scale(layer, own, wide),
         A_FROM="gather" if rows.gather else "tma" if described else "rows", W_FROM="tma" if boxed else "stack", W_TYPE=None,
-        DTYPE=multiplied(layer.operand, device), FORM=form, TRANSPOSED=own.transposed, SWAP=t.swap,
+        DTYPE=multiplied(layer.operand, device), FORM=own.form, TRANSPOSED=own.transposed, SWAP=t.swap,
         EVEN=inner % t.depth == 0 and own.units % run_of == 0, PRECISION=PRECISION.get(layer.operand, "tf32"),
         ASSEMBLY=on_a_gpu(device), OUT="fp8" if out.scales is not None else "plain", RUNS=runs, STORE="tma" if stored else "ptr",
         BM=t.rows, BN=t.cols, BK=t.depth, GROUP=t.group, PERSISTENT=t.persistent, num_warps=t.warps, num_stages=t.stages,
         EARLY=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-
-
-def _columns(layer: Layer, form: str) -> list[int]:
-    """Start and step of both products and both biases; the second of twins is the first again."""
-    numbers = columns(layer)
-    return numbers[:2] + numbers[:2] + numbers[4:] if form == "twin" else numbers
 
 
 def _one_scale(layer: Layer, own: Operands, wide: int) -> bool:

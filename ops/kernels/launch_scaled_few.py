@@ -11,8 +11,13 @@ from moe_compile.ops.quantized import BLOCK, MX_BLOCK, Quantized
 
 from . import configs_scaled
 from .launch import biases_of, columns, starts_early, type_of
-from .launch_scaled import Operands, on_a_gpu, operands_of
+from .launch_scaled import KINDS, Operands, on_a_gpu, operands_of
 from .layers import Layer
+
+
+def fits(weights: list[Quantized]) -> bool:
+    """Are few slots faster each by itself than in blocks?"""
+    return all(configs_scaled.few(KINDS[q.kind], q.fan[0] * q.fan[1]) for q in weights)
 
 
 def run(

@@ -5,7 +5,7 @@ added to a float32 accumulator. "int8", "int4", "fp4": weights become the rows' 
 W_SCALES "step" to the sum of each 128 inputs, "once" to the whole; "inner" (fp4, 32 inputs a scale): to the weights, exactly, as these
 scales are powers of two. A_SCALES: the rows' scales, "step", "once" or "none", [ceil(IN / 128), P] or [P].
 
-FORM: "one", "apart" and "pairs" as there (halves are two products apart); "twin": one product, two tiles next to each other at a time.
+FORM: "one", "apart" and "pairs" as there (halves are two products apart).
 
 Numbers of 4 bits come PER to a unit of memory (4 to an int16, where inputs lie next to each other, else 2 to a byte), and are multiplied
 in the order of the units' first numbers, second numbers, ...: the rows have in each 128 columns first the columns PER * j, then
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import biases_of, dot, matrix, parted, pick, tile_columns
+from .grouped_gemm import biases_of, dot, matrix, parted, pick, row_tile, tile_columns
 from .scaled_rows import e4m3, in_runs
 from .unpack import numbers
 
@@ -44,20 +44,6 @@ def _units(
             tile = tl.load(at)
         else:
             tile = tl.load(at, mask=us[None, :] < UNITS, other=0.0)
-    return tile
-
-
-@triton.jit
-def _row_tile(a, at, row0, k, IN, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr):
-    """[BM, BK] of the block's rows."""
-    if FROM == "tma":
-        tile = a.load([row0, k])
-    else:
-        ks = k + tl.arange(0, BK)
-        if EVEN:
-            tile = tl.load(at + ks[None, :])
-        else:
-            tile = tl.load(at + ks[None, :], mask=ks[None, :] < IN, other=0.0)
     return tile
 
 
@@ -132,7 +118,7 @@ def _step(
 
 @triton.jit
 def _products(
-    a, a_scales, w0, w1, s0, s1, rows, row0, at, expert, cols0, cols1, n0, n1, IN, UNITS, STEPS, scale_stride,
+    a, a_scales, w0, w1, s0, s1, rows, row0, at, expert, cols, n, IN, UNITS, STEPS, scale_stride,
     e0, i0, o0, e1, i1, o1, se0, si0, so0, se1, si1, so1,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr, WIDTH,
     KIND: tl.constexpr, PER: tl.constexpr, W_SCALES: tl.constexpr, A_SCALES: tl.constexpr, OUT_BLOCK: tl.constexpr, ONE: tl.constexpr,
@@ -140,17 +126,17 @@ def _products(
     SWAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Two products [BM, BN] float32, of columns cols0 of tile n0 and cols1 of tile n1; one: the first twice."""
+    """Two products [BM, BN] float32, of columns cols of tile n; one: the first twice."""
     N: tl.constexpr = 2 * BN if FORM == "pairs" else BN
     RUN: tl.constexpr = BK // PER
-    TWO: tl.constexpr = (FORM == "apart") | (FORM == "twin")
+    TWO: tl.constexpr = FORM == "apart"
     if FORM == "pairs":
-        wide0 = START0 + tile_columns(n0, 2 * WIDTH, N)
+        wide0 = START0 + tile_columns(n, 2 * WIDTH, N)
     else:
-        wide0 = START0 + STEP0 * cols0
-    wide1 = START1 + STEP1 * cols1
-    first0 = START0 + n0 * N
-    first1 = START1 + n1 * BN
+        wide0 = START0 + STEP0 * cols
+    wide1 = START1 + STEP1 * cols
+    first0 = START0 + n * N
+    first1 = START1 + n * BN
     if W_FROM == "tma":
         base0 = w0
         base1 = w1
@@ -174,7 +160,7 @@ def _products(
         if TWO:
             next1 = _weight_scales(scales1, wide1, first1, step, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
         next_a = _row_scales(a_scales, rows, step, scale_stride, STEPS, A_SCALES)
-        x = _row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN)
+        x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN)
         x = x if KIND == "fp8" else x.to(DTYPE)
         w = _units(w0, base0, wide0, k // PER, (expert, first0), i0, o0, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
         acc = _step(x, w, ws0, ra, acc, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, ASSEMBLY)
@@ -242,10 +228,7 @@ def _tile(
     expert = tl.load(blocks + 2 * block)
     row0 = tl.load(blocks + 2 * block + 1)
     rows = row0 + tl.arange(0, BM)
-    n0 = 2 * n if FORM == "twin" else n
-    n1 = 2 * n + 1 if FORM == "twin" else n
-    cols0 = tile_columns(n0, WIDTH, BN)
-    cols1 = tile_columns(n1, WIDTH, BN)
+    cols = tile_columns(n, WIDTH, BN)
     at = a
     if A_FROM == "gather":
         slot = tl.load(slots + rows)
@@ -254,20 +237,16 @@ def _tile(
     elif A_FROM == "rows":
         at = a + rows.to(tl.int64)[:, None] * stride_a
     p0, p1 = _products(
-        a, a_scales, w0, w1, s0, s1, rows, row0, at, expert, cols0, cols1, n0, n1, IN, UNITS, STEPS, scale_stride, e0, i0, o0, e1, i1, o1,
+        a, a_scales, w0, w1, s0, s1, rows, row0, at, expert, cols, n, IN, UNITS, STEPS, scale_stride, e0, i0, o0, e1, i1, o1,
         se0, si0, so0, se1, si1, so1, START0, STEP0, START1, STEP1, WIDTH, KIND, PER, W_SCALES, A_SCALES, OUT_BLOCK, ONE, A_FROM, W_FROM,
         W_TYPE, DTYPE, FORM, TRANSPOSED, SWAP, EVEN, PRECISION, ASSEMBLY, BM, BN, BK,
     )  # fmt: skip
     weight = p0
     if READS_W:
         weight = tl.load(route_w + tl.maximum(tl.load(slots + rows), 0)).to(tl.float32)[:, None]
-    bias0, bias1 = biases_of(b0, b1, expert, cols0, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
+    bias0, bias1 = biases_of(b0, b1, expert, cols, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
     result = EPILOGUE(p0, p1, bias0, bias1, weight)
-    _store(out, out_scales, result, rows, row0, n0, WIDTH, LIMIT, stride_out, scale_stride, OUT, RUNS, STORE, not ASSEMBLY, BM, BN)
-    if FORM == "twin":
-        bias0, bias1 = biases_of(b0, b1, expert, cols1, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p1)
-        result = EPILOGUE(p1, p1, bias0, bias1, weight)
-        _store(out, out_scales, result, rows, row0, n1, WIDTH, LIMIT, stride_out, scale_stride, OUT, RUNS, STORE, not ASSEMBLY, BM, BN)
+    _store(out, out_scales, result, rows, row0, n, WIDTH, LIMIT, stride_out, scale_stride, OUT, RUNS, STORE, not ASSEMBLY, BM, BN)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "programs"])

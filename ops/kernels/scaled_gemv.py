@@ -67,7 +67,7 @@ def _product(
             part += number(tile, 2, KIND, DTYPE, factor, FAST).to(tl.float32) * x2
             part += number(tile, 3, KIND, DTYPE, factor, FAST).to(tl.float32) * x3
         total += part * factor if W_SCALES == "step" else part
-    result = tl.sum(total.reshape(BN, G * Q), 1)
+    result = tl.sum(tl.sum(total, 2), 1)  # not of [BN, G * Q]: Triton 3.6 adds up the wrong lanes of some reshaped tiles
     if W_SCALES == "once":
         result *= tl.load(s + cols * scale_o).to(tl.float32)
     return result[None, :]
