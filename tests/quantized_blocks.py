@@ -12,6 +12,12 @@ E, K, H, I, T = 2, 1, 256, 128, 9  # noqa: E741
 FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 
 
+def off(got: Tensor, want: Tensor) -> float:
+    """The largest difference, in the largest number that is wanted."""
+    assert got.shape == want.shape
+    return float((got.detach().cpu().double() - want.detach().double()).abs().max() / want.detach().double().abs().max())
+
+
 class Quantised(nn.Module):
     """out[t] = sum_k w[t, k] * down(silu(up(x))): `weight(name, e)` gives an expert's float weight [out, in]; tests override it."""
 
