@@ -203,6 +203,23 @@ def weighted_rows(kind: str) -> None:
     assert float((got - want).abs().max() / want.abs().max()) < max(LIMITS[dtype], 5e-3)
 
 
+@CASES.add(("fp8_block", 16), ("fp8_channel", 16), ("fp8_block", 128))
+def tokens_that_are_not_numbers(kind: str, block: int) -> None:
+    """A NaN stays in its token's rows, and is seen there."""
+    device, dtype = where(torch.float32)
+    s, g = SMALL, torch.Generator().manual_seed(0)
+    weights, _ = parameters("halves", kind, "oi", 128, s, g)
+    x, ids = torch.randn((s.tokens, s.hidden), generator=g).to(dtype), routed(s, "random", g)
+    x[3, 17] = float("nan")
+    layers = program_layers("halves", s, x, [dequantize(q) for q in weights], [], dtype)
+    on = [q._replace(values=q.values.to(device), scales=q.scales.to(device)) for q in weights]
+    plan, none = plan_of_ids(ids.to(device), s.experts, block), Params([], "", s.experts, "biases")
+    y = launch_scaled.run(layers, x.to(device), None, on, none, s.top_k, plan)
+    bad = launch.to_slots(y, plan, ids.numel()).view(s.tokens, s.top_k, -1).isnan()
+    assert bad[3].all()
+    assert not bad[[0, 1, 2, 4, 5, 6]].any()
+
+
 test_in_interpreter = CASES.test()
 
 

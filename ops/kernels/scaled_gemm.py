@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import biases_of, dot, matrix, parted, pick, row_tile, tile_columns
-from .scaled_rows import e4m3, in_runs
+from .scaled_rows import e4m3, in_runs, scales_of
 from .unpack import numbers
 
 
@@ -198,8 +198,7 @@ def _store(
         result = tl.where((j < WIDTH)[None, :], result, 0.0)
     if OUT == "fp8":
         tl.static_assert(BN == 128, "a tile has the columns of one scale")
-        amax = tl.max(tl.abs(result), 1)
-        scales = tl.where(amax > 0, amax / 448.0, 1.0)
+        scales = scales_of(result)
         result = e4m3(result * (1 / scales)[:, None], BY_HAND)
         tl.store(out_scales + n.to(tl.int64) * scale_stride + rows, scales, mask=(rows >= 0) & (n * BN < WIDTH))
     if RUNS > 1:

@@ -163,8 +163,8 @@ def _store(out, room, out_scales, result, row0, rows, n, cols, WIDTH, scale_stri
     """64 rows of a column tile, in the form that the next layer reads."""
     if OUT == "fp8":
         result = gl.where((cols < WIDTH)[None, :], result, 0.0)
-        amax = gl.max(gl.maximum(result, -result), 1)
-        scales = gl.where(amax > 0, amax / 448.0, 1.0)
+        amax = gl.max(gl.where(result == result, gl.maximum(result, -result), float("inf")), 1)
+        scales = gl.where(amax > 0, amax / 448.0, 1.0) + (amax - amax)  # as scaled_rows.scales_of
         result = gl.minimum(gl.maximum(result * (1 / scales)[:, None], -448.0), 448.0)
         gl.store(out_scales + n.to(gl.int64) * scale_stride + rows, scales, mask=(rows >= 0) & (n * 128 < WIDTH))
     tma.store_wait(0)

@@ -11,7 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def e4m3(values, BY_HAND: tl.constexpr):
-    """float32 to the nearest e4m3; beyond 448 it is 448. BY_HAND: for Triton's interpreter, whose cast does not carry."""
+    """float32 to the nearest e4m3; beyond 448 it is 448, NaN is anything: its scale tells.
+
+    BY_HAND: for Triton's interpreter, whose cast does not carry.
+    """
     values = tl.minimum(tl.maximum(values, -448.0), 448.0)
     if BY_HAND:
         scaled = values * 1048577.0  # 2^20 + 1: what is left of 24 bits are 4
@@ -19,6 +22,13 @@ def e4m3(values, BY_HAND: tl.constexpr):
         small = (values + 24576.0) - 24576.0  # multiples of 2^-9
         values = tl.where(tl.abs(values) < 0.015625, small, normal)
     return values.to(tl.float8e4nv)
+
+
+@triton.jit
+def scales_of(values):
+    """float32 of rows of values: the largest magnitude / 448, 1 for zeros, NaN where one is infinite or NaN, so that all of them are."""
+    amax = tl.max(tl.where(values == values, tl.abs(values), float("inf")), 1)
+    return tl.where(amax > 0, amax / 448.0, 1.0) + (amax - amax)
 
 
 @triton.jit
@@ -45,8 +55,7 @@ def _changed(values, t, k, route_w, K: tl.constexpr, EPILOGUE: tl.constexpr, REA
 def _scaled(values, GROUPS: tl.constexpr, GROUP: tl.constexpr, BY_HAND: tl.constexpr):
     """(e4m3 [GROUPS * GROUP], float32 [GROUPS] scales)."""
     grouped = values.reshape(GROUPS, GROUP)
-    amax = tl.max(tl.abs(grouped), 1)
-    scales = tl.where(amax > 0, amax / 448.0, 1.0)
+    scales = scales_of(grouped)
     return e4m3(grouped / scales[:, None], BY_HAND).reshape(GROUPS * GROUP), scales
 
 

@@ -79,10 +79,10 @@ def _count_before(
 
 @triton.jit
 def _quantised(values, BLOCK: tl.constexpr):
-    """e4m3 [BLOCK] and the float32 scale of each 128 columns."""
+    """e4m3 [BLOCK] and the float32 scale of each 128 columns: NaN where one of them is infinite or NaN, so that all of them are."""
     groups = tl.reshape(values.to(tl.float32), [BLOCK // 128, 128])
-    most = tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-20)
-    scale = most / 448.0
+    most = tl.maximum(tl.max(tl.where(groups == groups, tl.abs(groups), float("inf")), axis=1), 1e-20)
+    scale = most / 448.0 + (most - most)
     inverse = 448.0 / most
     payload = groups * inverse[:, None]
     payload = tl.minimum(tl.maximum(payload, -448.0), 448.0).to(tl.float8e4nv)
