@@ -17,27 +17,9 @@ from moe_compile.capture import NothingRewritten, data_dependent, flags_active
 from moe_compile.errors import ParallelError
 from moe_compile.logs import artifact, log, tlparse_listens, warn_once
 from moe_compile.opening import open_exchanges
-from moe_compile.options import Options, split_report
+from moe_compile.options import Options
 from moe_compile.quantising import META, kept_fresh
 from moe_compile.report import GraphReport, RewriteReport
-
-
-def moe_compile(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: dict[str, Any] | None = None,
-    name: str | None = None,
-) -> Callable[..., Any]:
-    """The entry point behind `torch.compile(model, backend="moe_compile", mode=..., options=...)`.
-
-    gm: Dynamo's graph. options: see Options.parse; "report" is a RewriteReport to fill. name: torch.compile's label
-    of the region, passed on to Inductor. Returns the compiled graph. Raises ValueError or TypeError for options that
-    cannot be meant.
-    """
-    rest, report = split_report(options)
-    return Backend(Options.parse(mode, rest), report, name=name)(gm, example_inputs)
 
 
 class Backend:

@@ -14,11 +14,14 @@ log = logging.getLogger("moe_compile")
 _told: set[str] = set()
 
 
-def warn_once(message: str, *, details: BaseException | None = None) -> None:
-    """Log `message` as a warning unless it was logged before. details: the exception whose traceback goes to debug."""
-    if message in _told:
+def warn_once(message: str, *, about: str | None = None, details: BaseException | None = None) -> None:
+    """Log `message` as a warning unless it was logged before. details: the exception whose traceback goes to debug.
+
+    about: what is told of once, where the words differ.
+    """
+    if (about or message) in _told:
         return
-    _told.add(message)
+    _told.add(about or message)
     log.warning(message)
     if details is not None:
         log.debug("the traceback of: %s", message, exc_info=details)

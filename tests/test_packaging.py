@@ -91,7 +91,7 @@ print(importlib.metadata.entry_points(group="torch_dynamo_backends", name="moe_c
     files, specs, entry = run(sys.executable, "-c", code, env=env, cwd=tmp_path).splitlines()
     assert files.count(str(installed)) == 2
     assert specs == "[None, None]"
-    assert "moe_compile.backend:moe_compile" in entry
+    assert "moe_compile.named:moe_compile" in entry
 
 
 def test_torch_logs_imports_the_installed_package_while_torch_imports(installed, tmp_path):
