@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,9 +74,29 @@ def style_row(name: str) -> Row:
     )
 
 
+ONE_FORM = {
+    "aria_text", "dbrx", "doge_cdmoe_block", "jetmoe", "llama4_text", "longcat_flash", "nllb_moe", "step3p7_text", "switch_transformers",
+    "vitpose_backbone",
+}  # fmt: skip
+EAGER = "_eager"  # behind the name of a zoo model: its experts as the loop that transformers writes
+
+
+def eager_models() -> list[str]:
+    """The zoo's models whose experts have an eager form beside the one that is used by default."""
+    return [name for name in hf_zoo.ZOO if name not in ONE_FORM]
+
+
 def zoo_row(name: str) -> Row:
     """A zoo model's row: values only."""
-    model, kwargs = hf_zoo.ZOO[name]()
+    model, kwargs = hf_zoo.ZOO[name.removesuffix(EAGER)]()
+    if name.endswith(EAGER):
+        model.set_experts_implementation("eager")
+        name = name.removesuffix(EAGER)
+        return replace(_zoo_row(name, model, kwargs), name=name + EAGER)
+    return _zoo_row(name, model, kwargs)
+
+
+def _zoo_row(name: str, model: torch.nn.Module, kwargs: dict) -> Row:
     graphs = f"{graphs_by_default(model, **kwargs)} / {dynamo_graphs(model, **kwargs)}"
     blocks = hf_zoo.MOE_LAYERS[name]
     report, compiled = compile_eager(model)
@@ -134,17 +154,19 @@ def document() -> str:
     given = [progress(name, style_row(name)) for name in styles.CASES]
     own = [progress(name, style_row(name)) for name in VARIANTS]
     zoo = [progress(name, zoo_row(name)) for name in hf_zoo.ZOO]
+    eager = [progress(name + EAGER, zoo_row(name + EAGER)) for name in eager_models()]
     parts = [
         HEADER,
         section("Styles of real repositories (`tests/corpus/styles.py`)", given),
         section("Near variants (`tests/corpus/variants/`)", own),
         section("transformers models (`tests/corpus/hf_zoo.py`)", zoo),
+        section('The same with experts_implementation="eager"', eager),
     ]
     return "\n".join(parts)
 
 
 def row_of(name: str) -> Row:
-    return zoo_row(name) if name in hf_zoo.ZOO else style_row(name)
+    return zoo_row(name) if name.removesuffix(EAGER) in hf_zoo.ZOO else style_row(name)
 
 
 def parse(text: str) -> dict[str, tuple[str, str]]:

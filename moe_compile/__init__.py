@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from moe_compile.ops.comm.exchange import ExchangeError as ExchangeError
     from moe_compile.ops.comm.exchange import check_all as check_exchanges
     from moe_compile.ops.comm.exchange import destroy_all as destroy_exchanges
+    from moe_compile.probing import restore as restore
     from moe_compile.report import RewriteReport as RewriteReport
+    from moe_compile.rewriting import rewrite as rewrite
     from moe_compile.sharding import expert_parameters as expert_parameters
     from moe_compile.sharding import is_sharded as is_sharded
     from moe_compile.sharding import shard_experts as shard_experts
@@ -40,6 +42,8 @@ _HOMES = {
     "compile": "moe_compile.compiling",
     "explain": "moe_compile.explaining",
     "moe": "moe_compile.marking",
+    "restore": "moe_compile.probing",
+    "rewrite": "moe_compile.rewriting",
     "ParallelConfig": "moe_compile.config",
     "RewriteReport": "moe_compile.report",
     "ParallelError": "moe_compile.errors",
@@ -79,6 +83,8 @@ __all__ = [
     "is_sharded",
     "load_sharded",
     "moe",
+    "restore",
+    "rewrite",
     "save_sharded",
     "shard_experts",
     "testing",

@@ -27,6 +27,7 @@ def compile(
     validate: str = "auto",
     quant: str = "none",
     report: RewriteReport | None = None,
+    probe: bool | None = None,
     **torch_compile_kwargs: Any,
 ) -> Any:
     """Compile a module or a function, with its MoE blocks rewritten into stage ops.
@@ -35,6 +36,9 @@ def compile(
     inner: what compiles the rewritten graphs: "inductor", another Dynamo backend's name, or a callable.
     parallel, validate, quant: see ParallelConfig and Options.
     report: filled with what becomes of each graph, as it is compiled.
+    probe: blocks that Dynamo cannot capture (`for e in hit.nonzero()`, `if n == 0: continue`, counts through numpy) are recorded,
+        checked and captured from the recording. Before the first call a copy of the model, which shares its parameters, is called
+        once to find them. By default (None) for modules that are not split over ranks. `moe_compile.restore` undoes it.
     torch_compile_kwargs: torch.compile's fullgraph, dynamic, mode, options, disable and the like; `options` also takes
         this function's keywords (where one is given here with another value than its default, it wins).
 
@@ -43,14 +47,18 @@ def compile(
     """
     settings: dict[str, Any] = {"inner": inner, "parallel": parallel, "validate": validate, "quant": quant}
     if model is None:
-        return functools.partial(compile, **settings, report=report, **torch_compile_kwargs)
+        return functools.partial(compile, **settings, report=report, probe=probe, **torch_compile_kwargs)
     _check_kwargs(torch_compile_kwargs)
     options, listed = split_report(torch_compile_kwargs.pop("options", None))
     if "guard_filter_fn" in options:  # torch.compile takes this one out as well
         torch_compile_kwargs["guard_filter_fn"] = options.pop("guard_filter_fn")
     typed = {key: value for key, value in settings.items() if value != _DEFAULTS[key]}
     parsed = Options.parse(torch_compile_kwargs.pop("mode", None), options, **typed)
-    return optimize(model, Backend(parsed, listed if report is None else report), **torch_compile_kwargs)
+    report = listed if report is None else report
+    compiled = optimize(model, Backend(parsed, report), **torch_compile_kwargs)
+    if probe or (probe is None and parallel is None and isinstance(model, torch.nn.Module) and not torch_compile_kwargs.get("disable")):
+        return _probed(model, compiled, report)
+    return compiled
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(compile).parameters.items()}
@@ -66,6 +74,16 @@ def optimize(model: Any, backend: Backend, *, capture_flags: bool = True, **kwar
         parallel = backend.options.parallel
         context.callback = WithCaptureFlags(context.callback, backend.report, over_ranks=parallel is not None and parallel.ep > 1)
     return context(model)
+
+
+def _probed(model: Any, compiled: Any, report: RewriteReport | None) -> Any:
+    """The compiled module, whose first call finds what to record."""
+    from moe_compile.probing import probe_first_call
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"moe_compile.compile(probe=True) takes an nn.Module, not {model!r}: the blocks are found among its modules")
+    compiled.forward = probe_first_call(model, compiled.forward, report)
+    return compiled
 
 
 def _prepare_quantised(model: Any, report: RewriteReport | None) -> None:

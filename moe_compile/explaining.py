@@ -50,13 +50,30 @@ def explain(
             dynamic=dynamic,
             fullgraph=fullgraph,
         )
-        with _graph_breaks(report), _skipped_frames() as skipped:
+        probed = _probed(model, args, kwargs, report) if capture_flags and parallel is None else contextlib.nullcontext()
+        with probed, _graph_breaks(report), _skipped_frames() as skipped:
             compiled(*args, **kwargs)
         _add_notes(report, skipped)
         torch._dynamo.reset()
         return report
 
     return run
+
+
+@contextlib.contextmanager
+def _probed(model: Any, args: tuple, kwargs: dict[str, Any], report: RewriteReport) -> Iterator[None]:
+    """Within, blocks that Dynamo cannot capture are captured from recordings, as moe_compile.compile does; then they are what they were."""
+    from moe_compile.probing import install, probe_model
+
+    if not isinstance(model, torch.nn.Module):
+        yield
+        return
+    before = {m for m in model.modules() if install.marked(m)}
+    probe_model(model, args, kwargs, report)
+    try:
+        yield
+    finally:
+        install.unmark(m for m in model.modules() if m not in before)
 
 
 class _Uncompiled(Backend):

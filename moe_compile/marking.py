@@ -12,6 +12,7 @@ parameters' names, its state dict, copies and pickles stay what they were. How t
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch import nn
 
 from moe_compile.capture import flags_active
 from moe_compile.compiling import compile
+from moe_compile.probing.install import REGION
+from moe_compile.probing.probe import mode_of, probe_model
+from moe_compile.probing.scout import rehearsing
 
 _MARK = "_moe_compile_region"  # on a class or an instance: whether its forward is compiled
 _SETTINGS = "_moe_compile_settings"  # on the replacing forward: the keywords that it compiles with
@@ -52,31 +56,44 @@ def _replace_forward(cls: Any, compile_kwargs: dict[str, Any]) -> None:
 
 
 def _region_forward(original: Callable[..., Any], compile_kwargs: dict[str, Any]) -> Callable[..., Any]:
-    compiled = _Lazy(lambda: compile(original, **compile_kwargs))
+    inner = [original]  # what is compiled: probing puts another one there
+    compiled = _Compiled(inner, compile_kwargs)
     apart = torch.compiler.disable(compiled, reason="an MoE block compiled as a region of its own")
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not getattr(self, _MARK, False):
-            return original(self, *args, **kwargs)
+            return inner[0](self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             inline = _belongs_to_outer_graph()
-            return original(self, *args, **kwargs) if inline else apart(self, *args, **kwargs)
-        return original(self, *args, **kwargs) if _is_traced() else compiled(self, *args, **kwargs)
+            return inner[0](self, *args, **kwargs) if inline else apart(self, *args, **kwargs)
+        return inner[0](self, *args, **kwargs) if _is_traced() else compiled(self, *args, **kwargs)
 
     setattr(forward, _SETTINGS, compile_kwargs)
+    setattr(forward, REGION, inner)
     return forward
 
 
-class _Lazy:
-    """A function that is made by the first call."""
+class _Compiled:
+    """The function that stands in `inner`, compiled by its first call; each module is probed by its own first call in each mode."""
 
-    def __init__(self, make: Callable[[], Callable[..., Any]]) -> None:
-        self._make = functools.cache(make)
+    def __init__(self, inner: list[Callable[..., Any]], compile_kwargs: dict[str, Any]) -> None:
+        settings = {k: v for k, v in compile_kwargs.items() if k != "probe"}
+        probe = compile_kwargs.get("probe")
+        self._inner = inner
+        self._make = functools.cache(lambda function: compile(function, **settings))
+        self._probes = probe or (probe is None and compile_kwargs.get("parallel") is None and not compile_kwargs.get("disable"))
+        self._report = compile_kwargs.get("report")
+        self._seen: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
         self.__name__ = "moe_region"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._make()(*args, **kwargs)
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if rehearsing():
+            return self._inner[0](module, *args, **kwargs)
+        if self._probes and (mode := mode_of(module)) not in (seen := self._seen.setdefault(module, set())):
+            seen.add(mode)
+            probe_model(module, args, kwargs, self._report)
+        return self._make(self._inner[0])(module, *args, **kwargs)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

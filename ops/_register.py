@@ -92,8 +92,16 @@ def _define(op: Op) -> Library:
     name, table = op.name, _table()
     library = Library(NAMESPACE, "FRAGMENT")
     library.define(op.schema, tags=(torch.Tag.pt2_compliant_tag, *op.tags))
+    lists = [i for i, argument in enumerate(op.overload._schema.arguments) if str(argument.type) == "List[Tensor]"]
+
+    def with_lists(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """AOTInductor's packages give None for an empty list of tensors."""
+        if any(i < len(args) and args[i] is None for i in lists):
+            return tuple([] if i in lists and arg is None else arg for i, arg in enumerate(args))
+        return args
 
     def kernel(*args: Any) -> Any:
+        args = with_lists(args) if lists else args
         if torch._C._is_any_autocast_enabled():
             # Casts are part of an op's program; the region's autocast must not be applied a second time.
             with torch._C._DisableAutocast():
@@ -101,6 +109,7 @@ def _define(op: Op) -> Library:
         return table[name][0].kernel(*args)
 
     def autograd(*args: Any) -> Any:
+        args = with_lists(args) if lists else args
         found = table[name][0].autograd
         return found(*args) if found is not None else kernel(*args)
 

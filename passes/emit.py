@@ -134,11 +134,21 @@ class Emitter:
         return self._arranged(node, idx, sizes, columns, e)
 
     def _gather(self, node: Node, idx: list[Expr], sizes: list[Size], columns: tuple[Var, ...]) -> Node:
-        if _flat(idx[:-1], sizes[:-1]) != list(self.rows):
-            raise Refused("no graph code for a gather by the routing over other rows")
+        if (places := _flat(idx[:-1], sizes[:-1])) != list(self.rows):
+            return self._gather_slots(node, places, idx[-1], sizes[-1], columns)
         if len(sizes) != 2:
             node = self.method("reshape", node, -1, sizes[-1])
         return self.call(torch.gather, node, 1, self.matrix(idx[-1], columns))
+
+    def _gather_slots(self, node: Node, places: list[Expr], at: Expr, n: Size, columns: tuple[Var, ...]) -> Node:
+        """One element for each place (row, column) of a tensor [places, n], whose places may lie in another order, slot by slot say."""
+        want = [*self.rows, *columns]
+        sizes = [v.size if isinstance(v, Var) and isinstance(v.size, int) else -1 for v in places]
+        if len(places) != len(want) or set(places) != set(want) or not set(columns) <= at.free or sizes.count(-1) > 1:
+            raise Refused("no graph code for a gather by the routing over other rows")
+        node = self.method("permute", self.method("reshape", node, *sizes, n), *map(places.index, want), len(want))
+        node = self.method("reshape", node, -1, prod(v.size for v in columns), n)
+        return self.method("squeeze", self.call(torch.gather, node, 2, self.method("unsqueeze", self.matrix(at, columns), 2)), 2)
 
     def _arranged(self, node: Node, idx: list[Expr], sizes: list[Size], columns: tuple[Var, ...], e: Expr) -> Node:
         """A tensor indexed by plain variables: permute its dimensions to (rows, columns) and flatten."""
@@ -173,10 +183,14 @@ class Emitter:
         experts where it is stacked.
         """
         if p.format is not None:
+            if p.num_experts != self.region.formula.num_experts:
+                raise Refused("quantised experts of which only the first are used")
             if instead:
                 raise Refused("quantised experts of a sharded module")
             return dequantised(self, p, order, only)
         nodes = [self._source(holder(self.region, n), instead or {}) for n in p.leaf.nodes[only]]
+        if (n := self.region.formula.num_experts) != p.num_experts:
+            nodes, experts = self._first(nodes, p, n, only), n
         letters = order.replace("e", "") if p.listed else order
         roles = [_role(dim) for dim in p.dims]
         if sorted(roles) == sorted(letters) and (p.listed or roles[0] == "e"):  # as it stands
@@ -184,6 +198,12 @@ class Emitter:
         else:
             nodes, layout = [self._as_layout(n, p, letters, experts) for n in nodes], letters
         return nodes, layout + (f"*{len(nodes)}" if p.listed else "")
+
+    def _first(self, nodes: list[Node], p: Param, n: int, only: slice) -> list[Node]:
+        """The first n experts of a tensor that has more."""
+        if p.listed or only != slice(None) or len(p.dims[0]) != 1 or p.dims[0][0].role != "e":
+            raise Refused(f"{p.num_experts} experts in one tensor, of which {n} are used")
+        return [self.call(operator.getitem, each, slice(0, n)) for each in nodes]
 
     def _source(self, n: Node, instead: dict[Node, Node]) -> Node:
         if n not in instead:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
 from .lift.expr import Expr, Leaf, loads
-from .lift.normal import PARTIAL
+from .lift.normal import PARTIAL, First, Partial
 from .lift.quantized import NUMBERS
 from .lift.read import NO_WEIGHT, NOTHING_SUMMED
 from .liveness import Liveness, same_storage
@@ -88,8 +88,10 @@ def _source(n: Any) -> Any:
 class _Search:
     """Visitor of a trace: reads every candidate value, keeps the best formula."""
 
-    def __init__(self, decision: Decision, others: dict[Node, Decision], training: bool, closed: bool = False):
+    def __init__(self, decision: Decision, others: dict[Node, Decision], training: bool, closed: bool = False, first: First | None = None):
         self.decision, self.others, self.training, self.closed = decision, others, training, closed
+        self.first = first  # read(): the experts that there are, where an earlier search has seen no more
+        self.seen: First | None = None
         self.interp: Interp | None = None
         self.best: MoERegion | None = None
         self.patience = PATIENCE
@@ -147,10 +149,10 @@ class _Search:
     def _try(self, trace: Trace, n: Node, target: Node | None, value: Node, val: torch.Tensor) -> None:
         assert self.interp is not None
         try:
-            formula = read(self.interp.value(value), val.dtype)
+            formula = read(self.interp.value(value), val.dtype, self.first)
         except Refused as e:
             if str(e) not in (NOTHING_SUMMED, NO_WEIGHT):
-                self.why = f"{n.name}: {e}"
+                self.why, self.seen = f"{n.name}: {e}", e.first if isinstance(e, Partial) else None
             elif str(e) == NO_WEIGHT and PARTIAL in self.why:  # the whole sum is there by now, and fails for another reason
                 self.why = f"{n.name}: the experts are not made of linear layers, as far as can be seen"
             return
@@ -183,11 +185,16 @@ def find_region(
     nodes, inputs = collect(first, until)
     if decision.ids not in inputs:
         raise Refused("the chosen ids are not used")
-    search = _Search(decision, others, _flows(nodes, ambient, training))
+    training = _flows(nodes, ambient, training)
+    search = _Search(decision, others, training)
     trace = Trace(gm, nodes, inputs, ambient)
     trace.run(search)
+    if search.best is None and search.seen is not None and trace.ended is None:  # not one for each id: ids without an expert add nothing
+        search = _Search(decision, others, training, first=search.seen)
+        trace = Trace(gm, nodes, inputs, ambient)
+        trace.run(search)
     if search.best is None and any(t.dtype in NUMBERS and t.dim() > 1 for n in inputs if (t := tensor_of(n)) is not None):
-        again = _Search(decision, others, search.training, closed=True)
+        again = _Search(decision, others, training, closed=True)
         trace = Trace(gm, nodes, inputs, ambient)
         trace.run(again)
         search = again if again.best is not None else search

@@ -68,6 +68,8 @@ def spread_of(region: MoERegion, parallel: ParallelConfig | None, choice: Choice
     if parallel is None or parallel.ep == 1:
         return None
     f, rank = region.formula, dist.get_rank(parallel.ep_group)
+    if any(p.num_experts != f.num_experts for p in f.weights + f.biases):
+        raise Refused(f"weights of more experts than the {f.num_experts} that there are, over ranks")
     first, end = local_range(f.num_experts, parallel.ep, rank)
     if local_range(f.num_experts, parallel.ep, parallel.ep - 1)[0] >= f.num_experts:
         raise Refused(f"{f.num_experts} experts over ep = {parallel.ep} ranks leave a rank without any; choose a smaller ep")

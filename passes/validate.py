@@ -21,7 +21,7 @@ from moe_compile.ops.registry import providers
 
 from .decisions import Decision, callee, tensor_of
 from .region import MoERegion
-from .window import backed_values, symbolic
+from .window import autocast_restored, backed_values, symbolic
 
 STRICT = 1e-7  # relative to the largest element, both sides in float64
 LOOSE = {torch.float64: 1e-7, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
@@ -233,7 +233,7 @@ def _run(gm: GraphModule, args: list, training: bool, mode: Any, frozen: set[int
     """Output, and in training the gradients of all inputs but the frozen ones, by name."""
     floats = {i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point and i not in frozen}
     own = [a.detach().requires_grad_(training and i in floats) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
-    with torch.set_grad_enabled(training), mode():
+    with autocast_restored(), torch.set_grad_enabled(training), mode():
         # in-place ops may not hit a leaf, nor what the next run reads; nobody writes into something as large as the experts' weights
         given = [a.clone() if isinstance(a, torch.Tensor) and a.numel() <= CHEAP else a for a in own]
         out = gm(*given)

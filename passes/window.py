@@ -151,7 +151,7 @@ class Trace:
         env = mode.shape_env
         values = [_fixed_float(symbolic(n)) for n in self.inputs]
         self.floats = {n: v for n in self.nodes if isinstance(v := _fixed_float(symbolic(n)), float)}
-        with mode, _quiet(env):
+        with mode, quiet(env):
             leaves = [_leaf(v, mode) for v in values]
             flat, spec = tree_flatten(leaves)
 
@@ -175,14 +175,15 @@ class Trace:
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
         """The autocast regions open at the window's start; whatever is open at its end is closed."""
-        try:
-            for n in self.ambient.autocast:
-                self._open[n] = n.target(*n.args, **n.kwargs)  # type: ignore[operator]
-            yield
-        finally:
-            for mode in reversed(list(self._open.values())):
-                torch.amp.autocast_mode._exit_autocast(mode)
-            self._open.clear()
+        with autocast_restored():
+            try:
+                for n in self.ambient.autocast:
+                    self._open[n] = n.target(*n.args, **n.kwargs)  # type: ignore[operator]
+                yield
+            finally:
+                for mode in reversed(list(self._open.values())):
+                    torch.amp.autocast_mode._exit_autocast(mode)
+                self._open.clear()
 
     def _record(self, n: Node, value: Any) -> None:
         _same_range(symbolic(n), value)
@@ -254,13 +255,24 @@ def _fake_mode(nodes: Iterable[Node]) -> FakeTensorMode:
     raise ValueError("the graph's nodes carry no fake tensors; it does not come from Dynamo")
 
 
-def _quiet(env: Any) -> contextlib.ExitStack:
+def quiet(env: Any) -> contextlib.ExitStack:
     """No guards from analysis, and fresh data-dependent symbols are nobody's business."""
     stack = contextlib.ExitStack()
     if env is not None:
         stack.enter_context(env.suppress_guards())
         stack.enter_context(env.ignore_fresh_unbacked_symbols())
     return stack
+
+
+@contextlib.contextmanager
+def autocast_restored() -> Iterator[None]:
+    """Autocast is on afterwards where it was before: a region closed inside of make_fx opens again when the guards around it end."""
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        yield
+    finally:
+        for device, on in before.items():
+            torch.set_autocast_enabled(device, on)
 
 
 def _has_symbols(leaves: Iterable[Any]) -> bool:

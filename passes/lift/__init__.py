@@ -4,6 +4,7 @@ sizes.py    extents, perhaps symbolic        interp.py   node by node: rules, le
 expr.py     interned expressions             rules/      one rule per ATen op, a file per family
 index.py    index arithmetic                 merge.py    E unrolled experts -> one expression of the id
 algebra.py  sums, products, selections       normal.py   sum over experts -> selection by id
+ranks.py    capacity: positions within experts' buffers
 value.py    tensors: dims + element          program.py, read.py   normal form -> Formula
 """
 

@@ -74,7 +74,9 @@ def _implied(c: Expr, rest: list[Expr]) -> bool:
     if c.op != "not" or c.args[0].op != "eq" or not is_const(c.args[0].args[1], 0):
         return False
     g = c.args[0].args[0]
-    return g in rest or (g.op == "sum" and is_sparse(g) and distinct_slots(g) and any(_contains_term(x, g) for x in rest))
+    return set(factors(g)) <= set(rest) or (
+        g.op == "sum" and is_sparse(g) and distinct_slots(g) and any(_contains_term(x, g) for x in rest)
+    )
 
 
 def _contains_term(x: Expr, g: Expr) -> bool:
@@ -133,6 +135,10 @@ def refresh(s: Expr) -> tuple[Var, Expr]:
 def eq(a: Expr, b: Expr) -> Expr:
     if a is b and is_int(a):  # a float may be NaN
         return ONE
+    if _slots_of_one_token(a, b):
+        return eq(a.args[-1], b.args[-1])
+    if a.op == b.op == "mix" and a.args[1::2] == b.args[1::2] and _fits(a) and _fits(b):  # digits of one number system
+        return mul(*map(eq, a.args[::2], b.args[::2]))
     if is_const(a):
         a, b = b, a
     if is_const(b):
@@ -141,7 +147,7 @@ def eq(a: Expr, b: Expr) -> Expr:
         r = bounds(a)
         if r and (b.args[0] < r[0] or (isinstance(r[1], int) and b.args[0] >= r[1])):
             return ZERO
-        if _zero_or_one(a) and b.args[0] in (0, 1):
+        if zero_or_one(a) and b.args[0] in (0, 1):
             return a if b.args[0] else negate(a)
         if a.op == "mix" and isinstance(n := prod(a.args[3::2]), int) and b.args[0] >= 0 and _fits(a):
             c = b.args[0]
@@ -149,7 +155,12 @@ def eq(a: Expr, b: Expr) -> Expr:
     return raw("eq", a, b)
 
 
-def _zero_or_one(a: Expr) -> bool:
+def _slots_of_one_token(a: Expr, b: Expr) -> bool:
+    """Ids of one token: they are equal where the slots are."""
+    return a.op == b.op == "load" and a.args[0].distinct and a.args[:-1] == b.args[:-1] and all(map(is_int, (a.args[-1], b.args[-1])))
+
+
+def zero_or_one(a: Expr) -> bool:
     """A truth value, or sum_k [id_k = e] with distinct ids."""
     return is_bool(a) or (a.op == "sum" and distinct_slots(a) and is_bool(a.args[1]))
 
@@ -161,8 +172,8 @@ def _fits(a: Expr) -> bool:
 def compare(op: str, a: Expr, b: Expr) -> Expr:
     """lt, le, gt, ge, ne with range facts."""
     if op == "ne":
-        return a if is_const(b, 0) and _zero_or_one(a) else negate(eq(a, b))
-    if op == "gt" and is_const(b, 0) and _zero_or_one(a):
+        return a if is_const(b, 0) and zero_or_one(a) else _nonzero(a) if is_const(b, 0) else negate(eq(a, b))
+    if op == "gt" and is_const(b, 0) and zero_or_one(a):
         return a
     if is_const(b) and (r := bounds(a)) and isinstance(r[1], int):
         c, lo, hi = b.args[0], r[0], r[1] - 1
@@ -171,6 +182,16 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if {"lt": lo >= c, "le": lo > c, "gt": hi <= c, "ge": hi < c}[op]:
             return ZERO
     return raw(op, a, b)
+
+
+def _nonzero(a: Expr) -> Expr:
+    """[a != 0]: tests come out of a product, and of a sum with one term at most."""
+    if a.op == "mul" and (cs := [f for f in a.args if is_bool(f)]):
+        return mul(*cs, _nonzero(mul(*[f for f in a.args if not is_bool(f)])))
+    if a.op == "sum" and distinct_slots(a):
+        v, body = refresh(a)
+        return sum_(v, _nonzero(body))
+    return negate(eq(a, ZERO))
 
 
 def negate(a: Expr) -> Expr:
@@ -392,5 +413,5 @@ def subst(e: Expr, table: Mapping[Var, Expr]) -> Expr:
 
 __all__ = [
     "BINDERS", "add", "alpha", "compare", "distinct_slots", "eq", "is_sparse", "mul", "negate", "orders_of", "raw", "rebuild", "refresh",
-    "replace", "scat", "slot_test", "sub", "subst", "sum_", "unary", "where",
+    "replace", "scat", "slot_test", "sub", "subst", "sum_", "unary", "where", "zero_or_one",
 ]  # fmt: skip

@@ -51,8 +51,10 @@ class Leaf:
     """A tensor kept closed: one FX node, or a stack of nodes (one an expert).
 
     Facts: the range of routing ids, distinct along the last dim; limits of any integers; constant: the elements, where they are known;
-    dequantised: computed from quantised numbers.
+    dequantised: computed from quantised numbers; rank: what it counts, where it is a running count.
     """
+
+    rank: Rank | None = None
 
     def __init__(
         self,
@@ -70,6 +72,13 @@ class Leaf:
 
     def __repr__(self) -> str:
         return self.nodes[0].name + (f"..x{len(self.nodes)}" if len(self.nodes) > 1 else "")
+
+
+class Rank:
+    """A running count: how often `mask` (0 or 1, over `dims`) holds along dimension `along`, up to and with each place."""
+
+    def __init__(self, dims: tuple[tuple[Var, ...], ...], mask: Expr, along: int):
+        self.dims, self.mask, self.along = dims, mask, along
 
 
 class Enum:

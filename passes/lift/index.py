@@ -48,12 +48,14 @@ def bounds(e: Expr) -> tuple[int, Size] | None:
         return (0, prod(e.args[0].domain.order.sizes))
     if e.op == "sel":
         return _hull([bounds(a) for a in e.args[1:]])
+    if e.op == "where":
+        return _hull([bounds(e.args[1]), _bounds_where(e.args[2], [raw("not", e.args[0])])])
     if e.op == "add":
         return _sum_bounds([bounds(a) for a in e.args])
     if is_bool(e):
         return (0, 2)
-    if e.op == "mul" and len(e.args) == 2:
-        return _scaled_bounds(e)
+    if e.op == "mul":
+        return (len(e.args) == 2 and _scaled_bounds(e)) or _masked_bounds(e)
     return None
 
 
@@ -81,6 +83,28 @@ def _idiv_bounds(e: Expr) -> tuple[int, Size] | None:
         return (b[0] // n, (b[1] - 1) // n + 1)
     q = quotient(b[1], n)
     return (0, q) if q is not None and b[0] == 0 else None
+
+
+def _bounds_where(e: Expr, conds: Sequence[Expr]) -> tuple[int, Size] | None:
+    """Bounds of e where the conditions hold: [e != last] and [e < n] cut a range short."""
+    b = bounds(e)
+    for c in conds:
+        op, x = ("not " + c.args[0].op, c.args[0]) if c.op == "not" else (c.op, c)
+        n = x.args[1].args[0] if len(x.args) == 2 and x.args[0] is e and is_const(x.args[1]) else None
+        if b is None or not isinstance(b[1], int) or not isinstance(n, int):
+            continue
+        if op in ("lt", "not ge") or (op in ("not eq", "ne") and n == b[1] - 1):
+            b = (b[0], min(b[1], n))
+        elif op in ("le", "not gt"):
+            b = (b[0], min(b[1], n + 1))
+    return b
+
+
+def _masked_bounds(e: Expr) -> tuple[int, Size] | None:
+    """A product of conditions and one bounded number: that, or 0."""
+    rest = [f for f in e.args if not is_bool(f)]
+    found = _bounds_where(rest[0], [f for f in e.args if is_bool(f)]) if len(rest) == 1 else None
+    return _hull([(0, 1), found])
 
 
 def _hull(bs: list) -> tuple[int, Size] | None:

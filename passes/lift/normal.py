@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
-from .algebra import distinct_slots, mul, refresh, slot_test, subst
-from .expr import ZERO, Expr, Refused, Var, alpha, factors, is_const, loads, raw, subexprs, terms
+from .algebra import compare, distinct_slots, mul, refresh, slot_test, subst
+from .expr import ONE, ZERO, Expr, Refused, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
 from .index import bounds, inside, is_int, sel
 from .merge import Merger
 
@@ -45,7 +46,29 @@ def _arm(f: Expr) -> bool:
     return f.op == "eq" and is_const(f.args[1]) and is_id(f.args[0])
 
 
-def cheap_test(expr: Expr) -> None:
+@dataclass(frozen=True)
+class First:
+    """The experts that have linear layers, where they are the first of all ids. identities: the code has the others, too."""
+
+    count: int
+    identities: bool = False
+
+
+class Partial(Refused):
+    """Not every id has an expert with layers; those that have one may be the first ones."""
+
+    def __init__(self, why: str, first: First | None) -> None:
+        super().__init__(why)
+        self.first = first
+
+
+def _check_experts(have: list[int], n: int, first: First | None) -> None:
+    """Each expert once; or the first ones, where that is known to be all that the code has: who is sent to another gets nothing."""
+    if have != list(range(n if first is None or first.identities else first.count)):
+        raise Partial(describe_experts(have, n), First(len(have)) if have == list(range(len(have))) else None)
+
+
+def cheap_test(expr: Expr, first: First | None = None) -> None:
     """Refuse partial sums (the accumulator inside the loop) before any work is done on them."""
     seen: dict[tuple, list[int]] = {}
     for t in terms(expr):
@@ -57,8 +80,7 @@ def cheap_test(expr: Expr) -> None:
             where = tuple(a if is_const(a) else None for a in ids.args[1:]) if ids.op == "load" else ()
             seen.setdefault((num_ids(ids), *where), []).append(c.args[0])
     for (n, *_), have in seen.items():
-        if sorted(have) != list(range(n)):
-            raise Refused(describe_experts(sorted(have), n))
+        _check_experts(sorted(have), n, first)
 
 
 PARTIAL = "the sum over experts is not over each"
@@ -83,11 +105,14 @@ def peel(e: Expr) -> tuple[list[Var], Expr]:
     return vs, e
 
 
-def gather_experts(expr: Expr) -> tuple[Expr | None, list[Expr]]:
-    """sum_e sum_k [id=e] f_e  ->  sum_k sel(id, f_0, f_1, ...); returns the new sum and the terms left over."""
+def gather_experts(expr: Expr, first: First | None = None) -> tuple[Expr | None, list[Expr]]:
+    """sum_e sum_k [id=e] f_e  ->  sum_k sel(id, f_0, f_1, ...); returns the new sum and the terms left over.
+
+    first: the experts that there are, where that is not one for each id.
+    """
     groups: dict = {}
     rest: list[Expr] = []
-    cheap_test(expr)
+    cheap_test(expr, first)
     for t in terms(expr):
         vs, body = peel(t)
         tests = [f for f in factors(body) if _arm(f)]
@@ -99,7 +124,11 @@ def gather_experts(expr: Expr) -> tuple[Expr | None, list[Expr]]:
         groups.setdefault((alpha(ids, vs), tuple(v.size for v in vs)), []).append(arm)
     if not groups:
         return None, rest
-    sums = [_select_arm(arms) for arms in groups.values()]
+    sums = []
+    for arms in groups.values():
+        found, others = _select_arm(arms, first)
+        sums.append(found)
+        rest += others
     return sums[0] if len(sums) == 1 else _sum_slots(sums), rest
 
 
@@ -113,17 +142,51 @@ def _sum_slots(sums: list[Expr]) -> Expr:
     return raw("sum", k, Merger(k).merge(parts))
 
 
-def _select_arm(arms: list[tuple]) -> Expr:
+def _select_arm(arms: list[tuple], first: First | None) -> tuple[Expr, list[Expr]]:
+    """(sum over the slots of what the selected expert computes, what experts without a layer add)"""
     vs0, ids0 = arms[0][1], arms[0][2]
     n = num_ids(ids0)
-    have = sorted(a[0] for a in arms)
-    if have != list(range(n)):
-        raise Refused(describe_experts(have, n))
+    _check_experts(sorted(a[0] for a in arms), n, first)
     parts = [subst(body, dict(zip(vs, vs0))) for _, vs, _, body in sorted(arms, key=lambda a: a[0])]
-    e = sel(ids0, *parts)
-    for v in reversed(vs0):
+    layers = [_has_layer(p) for p in parts]
+    m = sum(layers) if any(layers) and layers == sorted(layers, reverse=True) else len(parts)
+    if m != (n if first is None else first.count):
+        raise Partial(f"expert {m} and those behind it have no linear layer", First(m, True))
+    e = sel(ids0, *parts) if m == n else _first_experts(ids0, parts[:m])
+    return _over(vs0, e), _without_layers(vs0, ids0, parts[m:], m)
+
+
+def _has_layer(e: Expr) -> bool:
+    """A sum of products of two tensors' elements."""
+    for x in subexprs(e):
+        if x.op == "sum":
+            v, body = x.args
+            if len({frozenset(load.args[0] for load in loads(f)) for f in factors(body) if v in f.free}) > 1:
+                return True
+    return False
+
+
+def _over(vs: list[Var], e: Expr) -> Expr:
+    for v in reversed(vs):
         e = raw("sum", v, e)
     return e
+
+
+def _first_experts(ids: Expr, parts: list[Expr]) -> Expr:
+    """f_id of the first experts. For all other ids it is what the stage ops give for slots without an expert: zero."""
+    index = Var(len(parts))
+    arms = tuple(resolve(merge_selects(p), ids, i) for i, p in enumerate(parts))
+    return subst(Merger(index).merge(arms), {index: ids})
+
+
+def _without_layers(vs: list[Var], ids: Expr, parts: list[Expr], m: int) -> list[Expr]:
+    """[id >= m] g for the ids of experts that are all one function without a layer, the identity say: a term for each slot."""
+    if not parts:
+        return []
+    if any(p is not parts[0] for p in parts) or len(vs) > 1 or any(not isinstance(v.size, int) for v in vs):
+        raise Refused("experts without a linear layer that are not all the same")
+    body = mul(compare("ge", ids, const(m)), parts[0])
+    return [subst(body, {vs[0]: const(k)}) for k in range(vs[0].size)] if vs else [body]  # type: ignore[arg-type]
 
 
 def merge_selects(e: Expr) -> Expr:
@@ -142,25 +205,42 @@ def merge_selects(e: Expr) -> Expr:
 
 
 def fold_where(e: Expr) -> Expr | None:
-    """where([id=E-1], a, where([id=E-2], b, ...)) covering every id  ->  sel(id, ...)."""
+    """where([id=E-1], a, where([id=E-2], b, ...)) covering every id  ->  sel(id, ...).
+
+    Where a test has more factors, [id=E-1] [kept], the others count where it fails, and as their ids differ that is what stands at the
+    end of the chain: only zero there leaves the row to its expert alone.
+    """
     arms: dict[int, Expr] = {}
     key: Expr | None = None
+    kept: dict[int, Expr] = {}
     while True:
-        if e.op == "where" and _arm(e.args[0]):
-            c, body, nxt = e.args
-        elif arms and e.op == "mul" and _arm(e.args[0]):
-            c, body, nxt = e.args[0], mul(*e.args[1:]), ZERO
+        if e.op == "where" and (test := _one_arm(e.args[0], key)) is not None:
+            c, body, nxt = test, e.args[1], e.args[2]
+            more = mul(*[f for f in factors(e.args[0]) if f is not test])
+        elif arms and e.op == "mul" and (test := _one_arm(e, key)) is not None:
+            c, body, nxt, more = test, mul(*[f for f in e.args if f is not test]), ZERO, ONE
         else:
             break
         ids, n = c.args
         if key is not None and ids is not key:
             return None
         key = ids
-        arms.setdefault(n.args[0], body)
+        if n.args[0] not in arms:
+            arms[n.args[0]], kept[n.args[0]] = body, more
+        elif not is_const(kept[n.args[0]], 1):
+            return None
         e = nxt
     if key is None or set(arms) != set(range(num_ids(key))):
         return None
-    return sel(key, *[arms[i] for i in range(len(arms))])
+    if any(not is_const(more, 1) for more in kept.values()) and not is_const(e, 0):
+        return None
+    return sel(key, *[mul(kept[i], arms[i]) for i in range(len(arms))])
+
+
+def _one_arm(e: Expr, key: Expr | None) -> Expr | None:
+    """The only factor [id = const], of one id where that is known."""
+    found = [f for f in factors(e) if _arm(f) and (key is None or f.args[0] is key)]
+    return found[0] if len(found) == 1 else None
 
 
 def resolve(part: Expr, ids: Expr, i: int) -> Expr:

@@ -192,7 +192,7 @@ class Builder:
         """The weight of a sum, its input features in the weight's order, and what it multiplies."""
         mine = [f for f in factors(body) if self.expert_load(_uncast(f)) and set(vs) <= f.free]
         if len(mine) != 1:
-            raise Refused("a sum inside the experts that is not a linear layer of the selected expert")
+            raise Refused("a sum inside the experts that is not a linear layer of the selected expert (a norm over its features, say)")
         order = tuple(d for a in _uncast(mine[0]).args[1:] for d in _digits(a) if isinstance(d, Var) and d in vs)
         return self.param(_uncast(mine[0]), feat, vs), order, mul(*[f for f in factors(body) if f is not mine[0]])
 

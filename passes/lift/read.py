@@ -9,12 +9,15 @@ import torch
 
 from .algebra import mul, refresh
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
-from .normal import gather_experts, is_id, leftovers, merge_selects, num_ids, used_ids
+from .index import inside
+from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, used_ids
 from .program import Builder, Param
+from .ranks import collapse, counted
 from .sizes import prod, quotient
 from .value import Value
 
 NOTHING_SUMMED = "no sum over experts"
+_BUFFERS = ("routing machinery", "several sums", "experts are selected by several")
 NO_WEIGHT = "no expert weight is selected by an id"
 
 
@@ -55,12 +58,24 @@ class Formula:
         return (self.summed and bool(self.slots)) or one_slot, self.weight is not None
 
 
-def read(value: Value, dtype: torch.dtype) -> Formula:
-    """Value of a node -> Formula, or Refused with the reason."""
+def read(value: Value, dtype: torch.dtype, first: First | None = None) -> Formula:
+    """Value of a node -> Formula, or Refused with the reason.
+
+    first: of the ids, those that have an expert with linear layers; for the others the experts' op gives zero.
+    """
+    try:
+        return _read(value, dtype, first)
+    except Refused as e:
+        if not str(e).startswith(_BUFFERS) or not counted(value.expr):
+            raise
+        raise Refused(f"{e} (it counts positions, as code with a capacity does: each buffer row must be one slot's token)") from e
+
+
+def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
     value = _split_rows(value)
     rows = _rows(value)
-    expr, rest = _one_term(value.expr, rows)
-    expr = merge_selects(expr)
+    expr, rest = _one_term(collapse(value.expr), rows, first)
+    expr = collapse(merge_selects(expr))
     if bad := leftovers(expr):
         if not used_ids(expr, rows):
             raise Refused(NOTHING_SUMMED)
@@ -71,7 +86,7 @@ def read(value: Value, dtype: torch.dtype) -> Formula:
     for strip in (False, True):
         builder = Builder(rows, slots, ids, strip_casts=strip)
         try:
-            return _formula(value, builder, _drop_cast(body, dtype), rest, dtype)
+            return _formula(value, builder, _drop_cast(body, dtype), rest, dtype, first)
         except Refused as e:
             if strip or "different inputs" not in str(e):
                 raise
@@ -92,11 +107,13 @@ def _split_rows(value: Value) -> Value:
     return value
 
 
-def _one_term(expr: Expr, rows: list[Var]) -> tuple[Expr, list[Expr]]:
+def _one_term(expr: Expr, rows: list[Var], first: First | None) -> tuple[Expr, list[Expr]]:
     """The term that sums over the experts, and the others (a residual, a shared expert, where the accumulator started)."""
-    found, rest = gather_experts(expr)
+    found, rest = gather_experts(expr, first)
     if found is not None:
         return found, rest
+    if first is not None:
+        raise Refused(NOTHING_SUMMED)
     ts = terms(expr)
     mine = [t for t in ts if used_ids(t, rows) or leftovers(t) or _selects(t)]
     if len(mine) != 1:
@@ -150,11 +167,12 @@ def _selector(body: Expr, rows: list[Var]) -> Expr:
     """The one routing id by which parameters are selected."""
     ids = used_ids(body, rows)
     if len(ids) != 1:
-        raise Refused("experts are selected by several different ids" if ids else NO_WEIGHT)
+        several = "experts are selected by several different ids: choices made one after the other, not side by side in one tensor"
+        raise Refused(several if ids else NO_WEIGHT)
     return ids[0]
 
 
-def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torch.dtype) -> Formula:
+def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torch.dtype, first: First | None) -> Formula:
     feat = value.dims[-1] if value.dims else ()
     weight: list[Expr] = []
     f: list[Expr] = []
@@ -166,11 +184,11 @@ def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torc
     text = b.vec(mul(*f), feat)
     if not b.weights or b.x is None:
         raise Refused("no linear layer of the selected expert")
-    experts = {p.num_experts for p in b.weights + b.biases}
-    if len(experts) != 1 or not isinstance(n := experts.pop(), int) or n < num_ids(b.ids):
-        raise Refused(f"weights of {sorted(map(str, experts))} experts for ids that run over 0..{num_ids(b.ids) - 1}")
+    n = _num_experts(b, first)
     _no_capture(b, rest, feat)
     w = mul(*weight) if weight else None
+    if n < num_ids(b.ids):
+        _no_table(b, [*weight, *([b.w] if b.w is not None else [])])
     rows, slots = _unsummed(b)
     frozen = frozenset(b.used - b.live)
     return Formula(
@@ -192,6 +210,22 @@ def _formula(value: Value, b: Builder, body: Expr, rest: list[Expr], dtype: torc
         not slots or bool(b.slots),
         frozen,
     )
+
+
+def _num_experts(b: Builder, first: First | None) -> int:
+    """The experts that the weights are of; the first of them, where ids run over fewer or select nothing beyond them."""
+    have = {p.num_experts for p in b.weights + b.biases}
+    fits = all(isinstance(x, int) and x >= (first.count if first is not None else num_ids(b.ids)) for x in have)
+    if not fits:
+        raise Refused(f"weights of {' and '.join(sorted(map(str, have)))} experts for ids that run over 0..{num_ids(b.ids) - 1}")
+    return first.count if first is not None else have.pop() if len(have) == 1 else num_ids(b.ids)  # type: ignore[return-value]
+
+
+def _no_table(b: Builder, weight: list[Expr]) -> None:
+    """No tensor is read at an id that has no expert."""
+    for x in (x for w in weight for x in loads(w)):
+        if x is not b.ids and any(b.ids in subexprs(a) and not inside(a, n) for a, n in zip(x.args[1:], x.args[0].shape)):
+            raise Refused(f"{x.args[0]} has no value for ids without an expert")
 
 
 def _unsummed(b: Builder) -> tuple[list[Var], list[Var]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mutations import loops, sorted_rows, vectorised
+from mutations import capacity, loops, probed, sorted_rows, vectorised
 from mutations.base import GRADIENT_ONLY, ROUNDING, SAME, E, Family, H, T
 
 FAMILIES: dict[str, type[Family]] = {
@@ -25,10 +25,27 @@ FAMILIES: dict[str, type[Family]] = {
     "dense_einsum": vectorised.DenseEinsum,
     "dense_bmm": vectorised.DenseBmm,
     "input_weighted": vectorised.InputWeighted,
+    "capacity_top_k": capacity.CapacityTopK,
+    "capacity_slots": capacity.CapacitySlots,
+    "capacity_top_1": capacity.CapacityTop1,
+    "capacity_masks": capacity.CapacityMasks,
+    "slot_scatter": loops.SlotScatter,
+    "identities": loops.Identities,
+    "hit_list": probed.HitList,
+    "skipped_rows": probed.SkippedRows,
+    "counted_rows": probed.CountedRows,
 }
 
-# Equal to the original although the mutation is on: an overwrite repeated, a buffer wholly overwritten.
-ALSO_SAME = {("slot_preserving", "expert_twice"), ("slot_preserving", "buffer_ones")}
+# Equal to the original although the mutation is on: an overwrite repeated, a buffer wholly overwritten; what a mask or the buffer's end
+# takes away again, and counts of so few tokens that no small integer overflows.
+ALSO_SAME = {
+    ("slot_preserving", "expert_twice"),
+    ("slot_preserving", "buffer_ones"),
+    ("slot_scatter", "expert_twice"),
+    ("slot_scatter", "buffer_ones"),
+    ("capacity_top_k", "positions_unmasked"),
+    *((f"capacity_{each}", same) for each in ("top_k", "slots", "top_1") for same in capacity.SAME),
+}
 
 ROUTINGS = ("random", "two_experts", "empty_expert")
 

@@ -47,6 +47,41 @@ class Loop(Family):
         return x.clone() if self.mutation == "x_mutated_between" else x
 
 
+class Identities(Loop):
+    """The last id has no expert: who chooses it keeps its row, or gets nothing."""
+
+    own = (
+        *SUM, "reversed_order", "gives_nothing", "first_too", "scaled_last", "next_row_last", "unweighted_last", "squared_last",
+        "two_last", "two_last_differ", "two_give_nothing",
+    )  # fmt: skip
+    without = frozenset({"experts_share"})  # the last two would, of which one has no expert
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.view(-1, H)
+        w, ids = self.route(x)
+        out, table = self.start(x), self.table(x)
+        for e in self.visited():
+            tok, slot = torch.where(ids == e)
+            weight = torch.ones_like(w) if self.mutation == "unweighted_last" and e == E - 1 else w
+            if (y := self.of(table, tok, e)) is not None:
+                out.index_add_(0, tok, (y * weight[tok, slot, None]).to(out.dtype))
+            out = self.between(out, x, e)
+        return out.to(x.dtype).view_as(hidden)
+
+    def of(self, x: Tensor, tok: Tensor, e: int) -> Tensor | None:
+        """What expert e gives, None for nothing."""
+        m = self.mutation
+        last = E - 2 if m in ("two_last", "two_last_differ", "two_give_nothing") else E - 1
+        if e < last and (e or m != "first_too"):
+            return self.expert(x[tok], e)
+        if m in ("gives_nothing", "two_give_nothing"):
+            return None
+        row = x.roll(1, 0)[tok] if m == "next_row_last" else x[tok]
+        if m == "squared_last":
+            return row * row
+        return row * 1.5 if m == "scaled_last" or (m == "two_last_differ" and e == E - 1) else row
+
+
 class One(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +176,35 @@ class SlotPreserving(Loop):
         if self.mutation == "max_over_slots":
             return y.amax(1)
         return y.mean(1) if self.mutation == "mean_over_slots" else y.sum(1)
+
+
+class SlotScatter(SlotPreserving):
+    """The same, written by masked_scatter, which takes its source's elements one after the other."""
+
+    own = (*SlotPreserving.own, "rows_flipped", "rows_shifted", "half_rows", "rows_repeated", "source_of_all")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, m = hidden.view(-1, H), self.mutation
+        w, ids = self.route(x)
+        flat = ids.reshape(-1)
+        table = self.table(x)
+        rows = table.repeat(K, 1) if m == "repeat_not_interleave" else table.repeat_interleave(K, 0)
+        y = torch.ones_like(rows) if m == "buffer_ones" else torch.zeros_like(rows)
+        for e in self.visited():
+            here = (flat == e).unsqueeze(-1).expand_as(y)
+            here = here & (torch.arange(H) < H // 2) if m == "half_rows" else here
+            y = self.between(y.masked_scatter(here, self.source(rows, flat == e, e)), rows, e)
+        return self.combine(y, w).view_as(hidden)
+
+    def source(self, rows: Tensor, here: Tensor, e: int) -> Tensor:
+        m = self.mutation
+        if m == "source_of_all":
+            return self.expert(rows, e)
+        found = self.expert(rows[here], e)
+        changed = {"rows_flipped": lambda: found.flip(0), "rows_shifted": lambda: found.roll(1, 0)}
+        if m == "rows_repeated":
+            return found.repeat_interleave(2, 0)
+        return changed[m]() if m in changed else found
 
 
 class DenseLoop(Loop):

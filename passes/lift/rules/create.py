@@ -34,6 +34,8 @@ def _full(it, node, x, *a, **k):
 
 @rule("empty.memory_format", "empty_like.default", "new_empty.default")
 def _empty(it, node, *a, **k):
+    if None in out_shape(node) and len(a) == 1 and isinstance(a[0], Value):  # like a tensor whose rows are known to us
+        return Value(a[0].renamed().dims, UNDEF)
     return filled(node, UNDEF)
 
 

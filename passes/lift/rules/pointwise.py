@@ -214,6 +214,11 @@ def _holds(e: Expr, dtype: torch.dtype) -> bool:
 _EXACT = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
 
 
+def largest_exact(dtype: torch.dtype) -> int:
+    """All integers up to this one are exact in a dtype."""
+    return _EXACT.get(dtype, 0) if dtype.is_floating_point or dtype == torch.bool else torch.iinfo(dtype).max
+
+
 def exact(e: Expr, dtype: torch.dtype) -> bool:
     """Are all integers in e's range exact in this floating dtype?"""
     limit = _EXACT.get(dtype, 0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..algebra import add, compare, distinct_slots, mul, orders_of, refresh, same_rows, subst, sum_
-from ..expr import ONE, ZERO, Expr, Order, Refused, Var, const, is_const, make_order, raw
+from ..algebra import add, compare, distinct_slots, mul, orders_of, refresh, same_rows, subst, sum_, zero_or_one
+from ..expr import ONE, ZERO, Expr, Order, Rank, Refused, Var, const, is_const, make_order, raw
 from ..index import below, bounds, count, inside, inv, is_bool, is_int, mix, perm
 from ..sizes import prod
 from ..value import Value, broadcast, common
@@ -117,12 +117,30 @@ def _unsorted(x: Value) -> Value:
 @rule("cumsum.default")
 def _cumsum(it, node, x: Value, d, **k):
     e = x.expr
+    if zero_or_one(e):
+        d = dim_of(d, len(x.dims))
+        return x if x.extent(d) == 1 else _running_count(it, node, x, d)
     if len(x.dims) != 1 or e.op != "count" or len(x.dims[0]) != 1:
-        raise Refused("a cumsum of something else than token counts (a capacity rank, perhaps)")
+        raise Refused("a cumsum of something else than token counts or a mask of tokens")
     v, at = x.dims[0][0], e.args[1]
     if at is not v or (bounds(e.args[0].expr) or (-1,))[0] < 0:
         raise Refused("a cumsum of counts that do not start at expert 0")
     return Value(x.dims, below(e.args[0], add(v, ONE)))
+
+
+def _running_count(it, node, x: Value, d: int) -> Value:
+    """Positions of tokens among those of a mask: a tensor of the model's own, of which is known what it counts."""
+    from .pointwise import largest_exact
+
+    n, dtype = x.extent(d), node.meta["val"].dtype
+    limit = largest_exact(dtype)
+    if n is None or (n > limit if isinstance(n, int) else limit < 2**24):
+        raise Refused(f"a running count of {n} rows in {str(dtype).removeprefix('torch.')}, which may not hold it")
+    counts, mask = it.leaf(node), x.renamed()
+    leaf = counts.expr.args[0]
+    leaf.integer, leaf.rank = True, Rank(mask.dims, mask.expr, d)
+    leaf.limits = (0, n + 1) if isinstance(n, int) else None
+    return counts
 
 
 @rule("searchsorted.Tensor")
@@ -175,6 +193,19 @@ def contract(a: Value, b: Value) -> Value:
 def _addmm(it, node, c: Value, a: Value, b: Value, beta=1, alpha=1):
     dims, (x, y) = broadcast(contract(a, b), c)
     return Value(dims, add(mul(const(alpha), x), mul(const(beta), y)) if (alpha, beta) != (1, 1) else add(x, y))
+
+
+@rule("convolution.default")
+def _convolution(it, node, x: Value, w: Value, b, stride, padding, dilation, transposed, output_padding, groups):
+    """A kernel of one place is a linear layer over the channels."""
+    if transposed or groups != 1 or any(s != 1 for s in stride) or any(padding) or any(w.extent(i) != 1 for i in range(2, len(w.dims))):
+        raise Refused("a convolution over several places, in steps or in groups")
+    rows = Value((x.dims[0], *x.dims[2:], x.dims[1]), x.expr)
+    out = contract(rows, Value((*[()] * (len(x.dims) - 2), w.dims[1], w.dims[0]), w.expr))
+    if b is not None:
+        dims, (y, z) = broadcast(out, b)
+        out = Value(dims, add(y, z))
+    return Value((out.dims[0], out.dims[-1], *out.dims[1:-1]), out.expr)
 
 
 @rule("_grouped_mm.default", "transformers.grouped_mm_fallback.default")

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..algebra import add, eq, mul, replace, same_rows, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
-from ..index import bounds, count, inside, inv, perm
+from ..index import bounds, count, inside, inv, is_bool, perm
 from ..sizes import prod
 from ..value import Value, broadcast, common, onto, same_domain
 from ._base import dim_of, fixed, rule
-from .mask import expand_masks
+from .mask import enumerate_, expand_masks
 from .reduce import counted
 from .segments import between, key_at
 
@@ -115,6 +115,21 @@ def _index_put(it, node, base: Value, idx, vals: Value, accumulate=False):
         out, e = scatter_sum(base, 0, d_index.refine(0, vals.sizes(0)), vals)
         return _unflatten(node, Value(out.dims, add(out.expr, e)))
     return _unflatten(node, overwrite_rows(base, d_index, vals))
+
+
+@rule("masked_scatter.default")
+def _masked_scatter(it, node, base: Value, mask: Value, vals: Value):
+    """A mask of whole rows takes the rows of vals in order, as base[mask] = vals does; vals is known to have just as many."""
+    dims, (e, m) = broadcast(base, mask)
+    lead = max((i + 1 for i, d in enumerate(dims) if m.free & set(d)), default=0)
+    rest = [prod(v.size for v in d) for d in dims[lead:]]
+    if not lead or not vals.dims[0] or [vals.extent(i) for i in range(1, len(vals.dims))] != rest or len(base.dims) != len(dims):
+        raise Refused("a masked_scatter that does not fill whole rows")
+    if any(base.extent(i) != prod(v.size for v in d) for i, d in enumerate(dims)) or not is_bool(m):
+        raise Refused("a masked_scatter of another form")
+    r = enumerate_(Value(dims[:lead], m))
+    flat, index = _flatten_indexed(Value(dims, e), [Value(((r,),), raw("coord", r, j)) for j in range(lead)])
+    return _unflatten(node, overwrite_rows(flat, index, vals))
 
 
 @rule("index_copy.default")

@@ -13,12 +13,20 @@ from .segments import cat_rows, cat_segments, rows_between, split_counts
 
 @rule("view.default", "_unsafe_view.default", "reshape.default")
 def _view(it, node, x: Value, shape):
-    out = out_shape(node)
+    out = _counted(x, out_shape(node))
     if None in out or any(v.size is None for v in x.vars()):
         return _view_rows(x, out)
     flat = Value((tuple(x.vars()),), x.expr)
     done = flat.refine(0, common(flat.sizes(0), tuple(n for n in out if n != 1)))
     return Value(group(list(done.dims[0]), out), done.expr)
+
+
+def _counted(x: Value, out: list[Size]) -> list[Size]:
+    """The one extent that the trace could not name follows from all others, where we know the rows."""
+    if out.count(None) != 1 or any(v.size is None for v in x.vars()):
+        return out
+    missing = quotient(prod(v.size for v in x.vars()), prod(n for n in out if n is not None))
+    return [missing if n is None else n for n in out]
 
 
 def group(atoms: list[Var], shape: list[Size]) -> list[tuple[Var, ...]]:

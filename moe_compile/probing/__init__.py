@@ -1,0 +1,19 @@
+"""Module classes that Dynamo cannot capture, as straight-line programs that it can.
+
+scout.py       one call of a copy of the model: which modules decide in Python on what tensors hold
+trial.py       whether Dynamo captures such a module alone
+numbers.py     sizes and numbers as symbols; what Python asks of those that only the data tells
+record.py      the module's forward on fake tensors, each torch call written down, each such question answered once
+emptiness.py   the questions of tensors that have an answer: "is it empty?"
+reads.py       what else the code has seen: attributes, functions, constants of its file
+state.py       what it must not leave behind
+program.py     what was written down, as a Python function of (module, arguments), and one that says when it holds
+check.py       that function against the module, on routings with experts hit and not hit
+steer.py       such routings
+install.py     the class' forward calls it while moe_compile's Dynamo captures, and only then
+"""
+
+from moe_compile.probing.install import restore
+from moe_compile.probing.probe import mode_of, probe_first_call, probe_model
+
+__all__ = ["mode_of", "probe_first_call", "probe_model", "restore"]

@@ -1,0 +1,162 @@
+"""Before the first call of a compiled model: what Dynamo could not capture in it is found, recorded, checked and installed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from moe_compile.probing.check import check, other_mode
+from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.install import fitting, install, mark, marked, own_forward
+from moe_compile.probing.program import Program, write_program
+from moe_compile.probing.record import record
+from moe_compile.probing.scout import Call, may_route, rehearse
+from moe_compile.probing.state import hooked
+from moe_compile.probing.trial import captured
+from moe_compile.report import RewriteReport
+
+log = logging.getLogger("moe_compile")
+
+
+def probe_first_call(model: nn.Module, call: Callable[..., Any], report: RewriteReport | None) -> Callable[..., Any]:
+    """`call`, the compiled model, which probes the model on the first arguments in each mode (training, autocast)."""
+    done = set()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and (mode := mode_of(model)) not in done:
+            done.add(mode)
+            probe_model(model, args, kwargs, report)
+        return call(*args, **kwargs)
+
+    return forward
+
+
+def mode_of(model: nn.Module) -> Any:
+    """What may lead the same model through other code, or torch to other dtypes."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return model.training, *[(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
+@torch.compiler.disable
+def probe_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], report: RewriteReport | None) -> None:
+    """Find what Dynamo cannot capture in a call of the model, and install programs for it. Never raises."""
+    if not may_route(model):
+        return
+    started = time.perf_counter()
+    try:
+        calls = rehearse(model, args, kwargs)
+    except Exception as e:
+        log.debug("rehearsing %s", type(model).__name__, exc_info=True)
+        _note(report, f"{type(model).__name__} was not searched for blocks that Dynamo cannot capture: {type(e).__name__}: {_line(e)}")
+        return
+    tried: set[int] = set()
+    for c in calls:
+        if not tried & {id(m) for m in c.module.modules()}:  # what a module decides is recorded once, where it decides
+            probe(c, report)
+            tried.add(id(c.module))
+    log.debug("probing %s took %.1f s", type(model).__name__, time.perf_counter() - started)
+
+
+def probe(call: Call, report: RewriteReport | None) -> bool:
+    """Record and install a program for the module of this call, unless one of its class fits already, or Dynamo does it alone."""
+    cls = type(call.module)
+    call = _normal(call)
+    if marked(call.module) and fitting(call.module, call.args, call.kwargs) is not None:
+        return True
+    if (why := None if hooked(call.module) else _REFUSED.get(_question(call))) is None:
+        try:
+            if not _installed(call):
+                return False
+        except NotProbed as e:
+            why = str(e)
+        except Exception as e:
+            log.debug("probing %s", cls.__name__, exc_info=True)
+            why = f"probing it failed with {type(e).__name__}: {_line(e)}"
+    program = fitting(call.module, call.args, call.kwargs) if why is None else None
+    if program is None:
+        why = why or "the program that was made for it does not fit it"
+        if not hooked(call.module):
+            _REFUSED[_question(call)] = why
+        _note(report, f"{cls.__name__} stays as it is: {why}")
+        return False
+    mark(call.module)
+    _note(report, f"{cls.__name__} is captured from a recording, which assumes: {'; '.join(program.assumptions) or 'nothing'}")
+    return True
+
+
+_REFUSED: dict[Any, str] = {}  # why modules of a class were left as they are: not to be tried again for each layer
+
+
+def _question(call: Call) -> Any:
+    leaves = tree_leaves((call.args, call.kwargs))
+    shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else str(x)[:80] for x in leaves)
+    settings = tuple((n, v) for n, v in sorted(vars(call.module).items()) if isinstance(v, bool | int | float | str) and "idx" not in n)
+    own = mode_of(call.module), settings
+    return type(call.module), own, shapes, tuple((n, tuple(p.shape), p.dtype) for n, p in call.module.named_parameters())
+
+
+def _installed(call: Call) -> bool:
+    """False where nothing is needed."""
+    if hooked(call.module):
+        raise NotProbed("its submodules have hooks")
+    with _undisturbed():
+        if fitting(call.module, call.args, call.kwargs) is None:
+            if not call.sure and captured(call.module, call.args, call.kwargs):
+                return False
+            install(type(call.module), program_for(call.module, call.args, call.kwargs))
+            _other_mode(call)
+    return True
+
+
+def _other_mode(call: Call) -> None:
+    """A program for training too if this call was none, and the other way round; without one, that mode runs as it is."""
+    try:
+        with other_mode(call.module):
+            if fitting(call.module, call.args, call.kwargs) is None:
+                install(type(call.module), program_for(call.module, call.args, call.kwargs))
+    except Exception:
+        log.debug("probing %s in its other mode", type(call.module).__name__, exc_info=True)
+
+
+def program_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
+    """A checked program for calls like this one. Raises NotProbed."""
+    if "forward" in vars(module):
+        raise NotProbed("this module's forward was replaced by hand")
+    forward = own_forward(type(module))
+    recording = record(module, forward, args, kwargs)
+    program = write_program(module, recording, args, kwargs)
+    if not program.fits(module, args, kwargs):
+        raise NotProbed("the recorded conditions do not hold for the call that was recorded")
+    check(module, forward, program, recording, args, kwargs)
+    return program
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without the caller's inference mode."""
+    with torch.inference_mode(False):
+        yield
+
+
+def _normal(call: Call) -> Call:
+    """The call with tensors that gradients can be recorded of, whatever mode it was made in."""
+    with torch.inference_mode(False):
+        args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, (call.args, call.kwargs))
+    return Call(call.module, args, kwargs, call.sure)
+
+
+def _note(report: RewriteReport | None, text: str) -> None:
+    log.info(text)
+    if report is not None and text not in report.notes:
+        report.notes.append(text)
+
+
+def _line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0][:200]

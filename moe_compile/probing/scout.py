@@ -1,0 +1,211 @@
+"""Which modules decide in Python on what tensors hold: seen in a call of a copy of the model, on copies of the arguments.
+
+The copy shares the parameters and has its own buffers, attributes and random numbers, and no hooks: the call leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.state import HOOKS
+
+# Dynamo breaks the graph there, capture flags or not.
+_ASKS = {"__bool__", "is_nonzero", "__int__", "__float__", "numpy", "__array__"}
+# Dynamo may capture these: it is tried.
+_MAY_ASK = {"item", "tolist", "__index__"}
+_ROWS = {"nonzero", "unique", "masked_select", "argwhere", "unique_consecutive", "bincount"}
+_SIZES = {"size", "numel", "__len__", "__get__", "nelement"}
+_ROUTES = {"topk", "argmax", "max", "sort", "argsort", "one_hot", "bincount", "nonzero", "where", "unique", "multinomial", "scatter_"}
+
+
+_state = threading.local()
+
+
+def rehearsing() -> bool:
+    """Is the call one of a copy of the model, to be watched and not compiled?"""
+    return getattr(_state, "rehearsing", False)
+
+
+@dataclass
+class Call:
+    """A module, and the arguments of a call in which its own code asked a tensor for its contents.
+
+    sure: whether Dynamo is known to break there; otherwise it may capture the module.
+    """
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    sure: bool = False
+
+
+def may_route(model: nn.Module) -> bool:
+    """Does the code of any of its classes choose among experts and ask what is hit, as far as the names in it tell?"""
+    classes = {type(m) for m in model.modules() if type(m).__module__.partition(".")[0] != "torch"}
+    return any(_names(c) & _ROUTES for c in classes)
+
+
+def _names(cls: type) -> set[str]:
+    names: set[str] = set()
+    todo = [f.__code__ for base in cls.__mro__ if base.__module__.partition(".")[0] != "torch" for f in _functions(base)]
+    while todo:
+        code = todo.pop()
+        names.update(code.co_names)
+        todo += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return names
+
+
+def _functions(cls: type) -> list[FunctionType]:
+    found = [getattr(f, "__func__", f) for f in vars(cls).values()]
+    unwrapped = [getattr(f, "__wrapped__", f) for f in found]
+    return [f for f in [*found, *unwrapped] if isinstance(f, FunctionType)]
+
+
+class _Scout(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.shared = {p.untyped_storage()._cdata for p in model.parameters() if type(p) is nn.Parameter}
+        self.stack: list[Call] = []
+        self.found: dict[int, Call] = {}
+        self.rows: dict[int, torch.Tensor] = {}  # tensors with as many rows as the data tells
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.stack and args:
+            if (
+                name in _ASKS
+                or (name in _SIZES and id(args[0]) in self.rows)
+                or (name in ("__iter__", "unbind") and id(args[0]) in self.rows)
+            ):
+                self._note(sure=True)
+            elif name in _MAY_ASK or (name == "__getitem__" and _by_tensors(args[1])):
+                self._note(sure=False)
+        if args and _writes(name) and isinstance(args[0], torch.Tensor) and self._is_shared(args[0]):
+            raise NotProbed("its forward writes to its parameters")
+        out = func(*args, **(kwargs or {}))
+        if self.stack and (name in _ROWS or (name == "where" and len(args) == 1) or self._selects(name, args)):
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    self.rows[id(t)] = t
+        return out
+
+    def _is_shared(self, t: torch.Tensor) -> bool:
+        return isinstance(t, nn.Parameter) or (type(t) is torch.Tensor and t.untyped_storage()._cdata in self.shared)
+
+    def _selects(self, name: str, args: tuple) -> bool:
+        """x[mask], or an arrangement of rows that the data tells."""
+        if name == "__getitem__":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            return (
+                any(isinstance(p, torch.Tensor) and (p.dtype is torch.bool or id(p) in self.rows) for p in parts)
+                or id(args[0]) in self.rows
+            )
+        return (
+            bool(args)
+            and id(args[0]) in self.rows
+            and name in ("squeeze", "view", "reshape", "flatten", "t", "tolist", "cpu", "sort", "split")
+        )
+
+    def _note(self, sure: bool) -> None:
+        call = self.stack[-1]
+        self.found.setdefault(id(call.module), call).sure |= sure
+
+
+def _writes(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
+
+
+_IN_PLACE = {f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+
+
+def _by_tensors(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(x, torch.Tensor) for p in parts if isinstance(p, slice) for x in (p.start, p.stop, p.step))
+
+
+def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Call]:
+    """Calls of the model's modules that asked, innermost modules first. Raises what copying or calling the model raises."""
+    if any(is_lazy(t) for t in [*model.parameters(), *model.buffers()]):
+        raise NotProbed("its parameters are not there yet")
+    shadow = shadow_of(model)
+    a, k = _copied((args, kwargs))
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    _state.rehearsing = True
+    try:
+        with torch.random.fork_rng([d for d in devices if d is not None]), torch.no_grad(), _eager(), scouting(shadow) as scout:
+            shadow(*a, **k)
+    finally:
+        _state.rehearsing = False
+    real = dict(zip(map(id, shadow.modules()), model.modules()))
+    calls = [Call(real[i], c.args, c.kwargs, c.sure) for i, c in scout.found.items()]
+    calls = [c for c in calls if any(True for _ in c.module.parameters())]
+    return sorted(calls, key=lambda c: sum(1 for _ in c.module.modules()))
+
+
+def shadow_of(model: nn.Module) -> nn.Module:
+    """A copy that shares parameters."""
+    memo: dict[int, Any] = {}
+    for m in model.modules():
+        memo.update({id(p): p for p in m._parameters.values() if p is not None})
+        memo.update({id(b): b.detach().clone() for b in m._buffers.values() if b is not None})
+        memo.update({id(v): v for v in vars(m).values() if isinstance(v, torch.Tensor) and not v.is_leaf})
+        memo.update({id(vars(m)[h]): collections.OrderedDict() for h in HOOKS if vars(m).get(h)})
+    return copy.deepcopy(model, memo)
+
+
+def _copied(x: Any) -> Any:
+    memo: dict[int, Any] = {}
+
+    def clone(t: Any) -> Any:
+        return memo.setdefault(id(t), t.detach().clone()) if isinstance(t, torch.Tensor) else copy.deepcopy(t, memo)
+
+    return tree_map(clone, x)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Nothing within is compiled."""
+    if hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def scouting(model: nn.Module) -> Iterator[_Scout]:
+    """Within, calls of the model's modules are watched."""
+    scout = _Scout(model)
+    call = nn.Module.__call__
+    mine = {id(m) for m in model.modules()}
+
+    def watched(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if id(m) not in mine:
+            return call(m, *args, **kwargs)
+        scout.stack.append(Call(m, *_kept((args, kwargs))))
+        try:
+            return call(m, *args, **kwargs)
+        finally:
+            scout.stack.pop()
+
+    with mock.patch.object(nn.Module, "__call__", watched), scout:
+        yield scout
+
+
+def _kept(x: Any) -> Any:
+    return tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, x)

@@ -1,0 +1,267 @@
+"""Capacity: buffers of C rows an expert, filled by the positions of tokens among those of their expert.
+
+Such code counts a mask M along the tokens (`cumsum`), drops the slots whose position is not below C, moves rows into [E, C] buffers, and
+takes them out again.  A running count stays a tensor that the model computes; of it is known (`Rank`), where M holds at two places of one
+column: equal counts mean the same place; and a count is at least 1.  So a buffer's row is one slot's token, and what a slot takes out of
+the buffers is the expert's function of its own token, with the drop as a factor of its weight.
+
+All is done under assumptions: in a product, each factor counts only where the others are not zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from .algebra import add, eq, mul, negate, rebuild, refresh, replace, subst, sum_
+from .expr import BINDERS, ONE, ZERO, Expr, Rank, Var, alpha, factors, is_const, loads, raw, terms
+from .index import bounds, digits, inside, is_bool, is_int, pairs
+from .sizes import Size, at_most, prod
+
+Facts = frozenset[Expr]
+
+
+def collapse(e: Expr) -> Expr:
+    """e, with the sums over experts' buffers solved."""
+    return _under(e, frozenset()) if counted(e) else e
+
+
+def counted(e: Expr) -> bool:
+    """Does e read a running count?"""
+    return any(x.args[0].rank for x in loads(e))
+
+
+def _under(e: Expr, known: Facts) -> Expr:
+    """e where `known` holds."""
+    if e.op in ("var", "const"):
+        return e
+    if is_bool(e):
+        if _among(e, known):
+            return ONE
+        if _among(negate(e), known):
+            return ZERO
+    if e.op == "mul":
+        return _product(list(e.args), known)
+    if e.op == "sum":
+        return _nest(e, known)
+    if e.op in BINDERS and isinstance(e.args[0], Var):
+        known = _without(known, [e.args[0]])
+    if e.op == "clamp" and _clamps_nothing(inner := _under(e.args[0], known), e.args[1], e.args[2], known):
+        return inner
+    return rebuild(e.op, [_under(a, known) if isinstance(a, Expr) else a for a in e.args])
+
+
+def _among(e: Expr, known: Facts) -> bool:
+    """Is e one of the facts, but for the names of bound variables?"""
+    return e in known or any(f.op == e.op and f.free == e.free and alpha(f) == alpha(e) for f in known)
+
+
+def _without(known: Facts, vs: Iterable[Var]) -> Facts:
+    hidden = frozenset(vs)
+    return frozenset(f for f in known if not f.free & hidden)
+
+
+def _product(fs: list[Expr], known: Facts) -> Expr:
+    """Each factor under the others, one after the other (two factors must not vouch for each other)."""
+    for i, f in enumerate(fs):
+        others = [*fs[:i], *fs[i + 1 :]]
+        if is_bool(f):
+            fs[i] = _under(f, known.union(*(factors(o) for o in others if is_bool(o))))
+        else:
+            fs[i] = _under(f, known.union(*(_nonzero(o) for o in others)))
+    return mul(*fs)
+
+
+def _nonzero(f: Expr) -> list[Expr]:
+    """What holds where f is not zero."""
+    return factors(f) if is_bool(f) else [negate(eq(g, ZERO)) for g in (f, *(factors(f) if f.op == "mul" else ())) if not is_const(g)]
+
+
+# ---------------------------------------------------------------- sums
+def _nest(e: Expr, known: Facts) -> Expr:
+    """Nested sums: all variables that an equation determines are solved for."""
+    vs: list[Var] = []
+    body = e
+    while True:
+        body = _under(_peeled(body, vs), known)
+        if body.op == "sum":
+            continue
+        if body.op == "add":
+            return add(*[_under(_sums(vs, t), known) for t in body.args])
+        if (solved := _solved(body, vs, known)) is None:
+            return _sums(vs, body)
+        body = solved
+
+
+def _peeled(body: Expr, vs: list[Var]) -> Expr:
+    """The body of nested sums as one product; their variables are added to vs."""
+    while True:
+        while body.op == "sum":
+            v, body = refresh(body)
+            vs.append(v)
+        if (flat := _one_product(body)) is body:
+            return body
+        body = flat
+
+
+def _one_product(body: Expr) -> Expr:
+    """a * sum_k [.. = k] b  ->  sum_k [.. = k] a b; a sum without an equation, that of a linear layer, stays where it is."""
+    inner = next((f for f in factors(body) if f.op == "sum" and _has_equation(f)), None)
+    if inner is None or inner is body:
+        return body
+    v, b = refresh(inner)
+    return raw("sum", v, mul(*[f for f in factors(body) if f is not inner], b))
+
+
+def _has_equation(e: Expr) -> bool:
+    v, body = e.args
+    while body.op == "sum":
+        body = body.args[1]
+    return any(f.op == "eq" and v in f.free for f in factors(body))
+
+
+def _sums(vs: list[Var], body: Expr) -> Expr:
+    for v in reversed(vs):
+        body = sum_(v, body)
+    return body
+
+
+def _solved(body: Expr, vs: list[Var], known: Facts) -> Expr | None:
+    """The body with one variable of the sums less, or one equation between counts turned into one between places."""
+    fs = factors(body)
+    for f in fs:
+        others = [g for g in fs if g is not f]
+        facts = known.union(*(factors(g) for g in others if is_bool(g)))
+        for a, b in (f.args, f.args[::-1]) if f.op == "eq" else ():
+            if (slot := _same_slot(a, b, vs, facts)) is not None:
+                vs.remove(a.args[-1])
+                return subst(mul(*others), {a.args[-1]: slot})
+            if a in vs and a not in b.free and _within(b, a.size, facts):
+                vs.remove(a)
+                return subst(mul(*others), {a: b})
+            if a.free & set(vs) and not b.free & set(vs) and (places := _same_place(a, b, facts, set(vs))) is not None:
+                return mul(*places, *others)
+    return None
+
+
+def _same_slot(a: Expr, b: Expr, vs: list[Var], facts: Facts) -> Expr | None:
+    """k0 where a fact says that [id_k0 = b], and a is id_k of the same token: the ids of one token are distinct, so k is k0."""
+    if a.op != "load" or not a.args[0].distinct or a.args[-1] not in vs or a.args[-1] in b.free:
+        return None
+    equations = [pair for f in facts if f.op == "eq" for pair in (f.args, f.args[::-1])]
+    known = (x.args[-1] for x, y in equations if y is b and x.op == "load" and x.args[:-1] == a.args[:-1] and x is not a)
+    return next((k for k in known if inside(k, a.args[-1].size) and not k.free & set(vs)), None)
+
+
+def _same_place(a: Expr, b: Expr, facts: Facts, vs: set[Var]) -> list[Expr] | None:
+    """Equations between the places of two running counts that are equal, where the rank lemma applies."""
+    sides = [pair for f in facts if f.op == "eq" for pair in (f.args, f.args[::-1])]
+    table: dict[Expr, Expr] = {u: w for u, w in sides if _given(u, w, vs)}
+    facts = facts.union(*(factors(replace(f, _except(table, f))) for f in facts)) if table else facts
+    a, b = _under(replace(a, table) if table else a, facts), _under(b, facts)
+    left, right = Counter(terms(a)), Counter(terms(b))
+    ours, theirs = list((left - right).elements()), list((right - left).elements())
+    if len(ours) != 1 or len(theirs) != 1 or not (_counts(ours[0], facts) and _counts(theirs[0], facts)):
+        return None
+    x, y = ours[0], theirs[0]
+    along = x.args[0].rank.along + 1
+    if x.args[0] is not y.args[0] or any(p is not q for i, (p, q) in enumerate(zip(x.args, y.args)) if i not in (0, along)):
+        return None
+    return _equations(x.args[along], y.args[along])
+
+
+def _given(u: Expr, w: Expr, vs: set[Var]) -> bool:
+    """An element that an equation determines: what it is stands outside of the sums."""
+    return u.op == "load" and bool(u.free & vs) and not w.free & vs
+
+
+def _except(table: dict[Expr, Expr], f: Expr) -> dict[Expr, Expr]:
+    """An equation is not used on itself."""
+    return {u: w for u, w in table.items() if f.op != "eq" or u not in f.args}
+
+
+def _equations(a: Expr, b: Expr) -> list[Expr]:
+    if a.op == "mix" and inside(b, prod(a.args[1::2])) and all(inside(d, n) for d, n in pairs(a.args)):
+        return [eq(x, y) for x, y in zip(a.args[::2], digits(b, a.args[1::2]))]
+    return [eq(a, b)]
+
+
+# ---------------------------------------------------------------- what is known of a running count
+def _counts(e: Expr, facts: Facts) -> bool:
+    """Is e a running count at a place where its mask holds?"""
+    return e.op == "load" and e.args[0].rank is not None and all(_holds(f, facts) for f in factors(_mask_at(e)))
+
+
+def _mask_at(count: Expr) -> Expr:
+    rank: Rank = count.args[0].rank
+    at: dict[Var, Expr] = {}
+    for dim, i in zip(rank.dims, count.args[1:]):
+        if dim:
+            at.update(zip(dim, digits(i, [v.size for v in dim])))
+    return subst(rank.mask, at)
+
+
+def _holds(f: Expr, facts: Facts) -> bool:
+    """A test, or sum_k of a test with one k at most, that one of the facts is an instance of."""
+    if is_const(f, 1) or f in facts:
+        return True
+    if f.op != "sum":
+        return False
+    v, body = f.args
+    places = {x.args[-1] for fact in facts for x in loads(fact) if x.args[0].range is not None and len(x.args) > 1}
+    return any(inside(k, v.size) and all(g in facts for g in factors(subst(body, {v: k}))) for k in places)
+
+
+def _within(e: Expr, n: Size, facts: Facts) -> bool:
+    """Is 0 <= e < n where the facts hold?"""
+    if inside(e, n):
+        return True
+    e = _under(e, facts)
+    return inside(e, n) or (_least(e, facts) >= 0 and any(_below(f, e, n) for f in facts))
+
+
+def _clamps_nothing(e: Expr, low: Any, high: Any, facts: Facts) -> bool:
+    """Is an integer known to lie within the limits?"""
+    if not is_int(e) or not all(limit is None or isinstance(limit, int) for limit in (low, high)):
+        return False
+    return (low is None or _least(e, facts) >= low) and (high is None or any(_below(f, e, high + 1) for f in facts))
+
+
+def _least(e: Expr, facts: Facts) -> float:
+    """A lower bound of a sum."""
+    total = 0.0
+    for t in terms(e):
+        known = bounds(t)
+        total += 1 if _counts(t, facts) else known[0] if known is not None else float("-inf")
+    return total
+
+
+def _below(f: Expr, e: Expr, n: Size) -> bool:
+    """Does a comparison say that e < n?"""
+    for op, small, large in _orderings(f):
+        offset = _constant(e, small)
+        limit = large.args[0] if is_const(large) or large.op == "size" else None
+        if offset is not None and limit is not None and at_most(limit + offset + (op == "le"), n):
+            return True
+    return False
+
+
+def _orderings(f: Expr) -> list[tuple[str, Expr, Expr]]:
+    """A comparison as `small lt|le large`."""
+    opposite = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+    if f.op == "not" and f.args[0].op in opposite:
+        f = raw(opposite[f.args[0].op], *f.args[0].args)
+    if f.op in ("lt", "le"):
+        return [(f.op, *f.args)]
+    return [({"gt": "lt", "ge": "le"}[f.op], *f.args[::-1])] if f.op in ("gt", "ge") else []
+
+
+def _constant(e: Expr, other: Expr) -> int | None:
+    """e - other, where they differ in a constant only."""
+    mine, theirs = (Counter(t for t in terms(x) if not is_const(t)) for x in (e, other))
+    numbers = [sum(t.args[0] for t in terms(x) if is_const(t)) for x in (e, other)]
+    return numbers[0] - numbers[1] if mine == theirs and all(float(c).is_integer() for c in numbers) else None
+
+
+__all__ = ["collapse", "counted"]
