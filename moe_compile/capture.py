@@ -5,7 +5,7 @@ they can make Dynamo or the inner compiler raise where it would have broken the 
 make graphs harder to compile. So they are on only inside the calls in which Dynamo converts a frame of our model, and a
 frame whose conversion raises is converted again without them.
 
-(Modules that Dynamo cannot capture even so will be probed and re-emitted from here.)
+Modules that Dynamo cannot capture even so are recorded (probing/), and the recording is captured here.
 """
 
 from __future__ import annotations

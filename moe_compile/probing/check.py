@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from moe_compile.probing.errors import NotProbed
 from moe_compile.probing.program import Program
-from moe_compile.probing.record import Recording
+from moe_compile.probing.recording import Recording
 from moe_compile.probing.state import put_back
 from moe_compile.probing.steer import STEERINGS, Steered, steered
 

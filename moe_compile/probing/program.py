@@ -20,7 +20,8 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from moe_compile.probing.emptiness import name_of
 from moe_compile.probing.reads import SCALARS, equals, reach
-from moe_compile.probing.record import Recording, closed, opened
+from moe_compile.probing.recording import Recording
+from moe_compile.probing.regions import closed, opened
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutations.base import ODD, E, H, K
+from mutations.base import ODD, E, H, K, T
 from mutations.loops import MaskedList, MaskedStack
 
+FEW = T * K // E + 1  # more than an expert has on average, so that some are skipped
 SKIP = ("skips_small", "skips_last_hit", "stops_at_gap", "position_for_expert", "gap_adds", "hits_of_other_gate")
 
 
@@ -20,9 +21,9 @@ class HitList(MaskedList):
     def hits(self, mask_EKT: Tensor, x: Tensor) -> list[int]:
         m = self.mutation
         if m == "hits_of_other_gate":
-            mask_EKT = F.one_hot(self.other_gate(x).topk(1, dim=-1)[1], E).permute(2, 1, 0)
+            mask_EKT = F.one_hot(self.other_gate(x[:1]).topk(1, dim=-1)[1], E).permute(2, 1, 0)
         counts = mask_EKT.sum(dim=(-1, -2))
-        hit: list[int] = torch.greater(counts, 2 if m == "skips_small" else 0).nonzero().flatten().tolist()
+        hit: list[int] = torch.greater(counts, FEW if m == "skips_small" else 0).nonzero().flatten().tolist()
         if m == "missing_expert":
             hit = [e for e in hit if e != ODD]
         if m == "expert_twice":
@@ -62,7 +63,7 @@ class SkippedRows(MaskedStack):
         rows, out, m, n = self.table(x), self.start(x), self.mutation, 0
         for e in self.visited():
             tok, slot = torch.where(ids == e)
-            if tok.numel() < (3 if m == "skips_small" else 1):
+            if tok.numel() < (FEW if m == "skips_small" else 1):
                 if m == "stops_at_gap":
                     break
                 if m == "gap_adds":
@@ -101,7 +102,7 @@ class CountedRows(MaskedStack):
         n = 0
         for e in range(E):
             start, end = (0 if e == 0 else ends[e - 1]), ends[e]
-            if end - start < (2 if m == "skips_small" else 1):
+            if end - start < (FEW if m == "skips_small" else 1):
                 continue
             if m == "bounds_shifted":
                 start, end = start + 1, end + 1

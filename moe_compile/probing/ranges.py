@@ -1,0 +1,42 @@
+"""Which tensors hold ids below which number: what a decision has chosen, and arrangements of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_ARRANGED = {"view", "reshape", "flatten", "t", "transpose", "contiguous", "squeeze", "unsqueeze", "detach", "cpu", "permute", "clone",
+             "float", "long", "int", "to", "double"}  # fmt: skip
+
+
+class Ranges:
+    def __init__(self) -> None:
+        self._below: dict[int, tuple[torch.Tensor, int]] = {}  # id of a tensor of ids -> the tensor, they are below
+
+    def below(self, t: Any) -> int | None:
+        return self._below[id(t)][1] if id(t) in self._below else None
+
+    def note(self, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        """A torch call has been made: is its result such a tensor?"""
+        if name in ("topk", "max", "min", "sort") and isinstance(out, tuple) and len(out) == 2:
+            out, n = out[1], choices(name, args, kwargs)
+        elif name in ("argmax", "argmin", "argsort"):
+            n = choices(name, args, kwargs)
+        elif name in _ARRANGED and args and isinstance(args[0], torch.Tensor):
+            n = self.below(args[0])
+        else:
+            return
+        if n is not None and isinstance(out, torch.Tensor):
+            self._below[id(out)] = out, n
+
+
+def choices(name: str, args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Among how many a routing decision chooses, where that is a plain number."""
+    at = 2 if name == "topk" else 1
+    dim = kwargs.get("dim", args[at] if len(args) > at else (None if name in ("max", "min", "argmax", "argmin") else -1))
+    scores = args[0]
+    if not isinstance(dim, int) or not scores.is_floating_point() or not scores.dim():
+        return None
+    size = scores.shape[dim]
+    return size if isinstance(size, int) else None
