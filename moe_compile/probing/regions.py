@@ -37,7 +37,8 @@ def _method_of_grad_mode(frame: FrameType | None) -> str:
     """Which method of torch.no_grad or its like was called by the user: no_grad itself makes a set_grad_enabled."""
     name = ""
     while frame is not None and frame.f_code.co_filename == torch.autograd.grad_mode.__file__:
-        frame, name = frame.f_back, frame.f_code.co_name
+        name = frame.f_code.co_name
+        frame = frame.f_back
     return name
 
 
