@@ -21,12 +21,16 @@ from torch import nn
 from moe_compile.logs import log, warn_once
 
 _known: set[tuple[Any, ...]] = set()  # metrics that were looked at
+_heard = [False]  # whether anyone has listened: what was compiled before is nobody's news
 
 
 def listen() -> None:
     """Be called when compilations end. torch._dynamo.reset() ends that, so each use of the backend asks again."""
     from torch._dynamo.callback import callback_handler
 
+    if not _heard[0]:
+        _heard[0] = True
+        _news()
     if _compilation_ended not in callback_handler.end_callbacks:
         callback_handler.register_end_callback(_compilation_ended)
 
@@ -40,13 +44,7 @@ def _compilation_ended(*_: Any) -> None:
 
 def tell() -> None:
     """Warn of each function that Dynamo could not trace since the last time, and that is a module's with experts."""
-    from torch._dynamo.utils import get_compilation_metrics
-
-    for metrics in get_compilation_metrics():
-        key = (str(metrics.compile_id), metrics.start_time_us, metrics.co_filename, metrics.co_firstlineno)
-        if key in _known:
-            continue
-        _known.add(key)
+    for metrics in _news():
         for file, line, reason in _breaks(metrics):
             cls = _module_with_experts(file, line)
             if cls is not None:
@@ -55,6 +53,19 @@ def tell() -> None:
                     f"moe_compile.compile(model), or @moe_compile.moe on {cls.__qualname__}, tries to do without Dynamo there.",
                     about=f"graph breaks in {cls.__module__}.{cls.__qualname__}",
                 )
+
+
+def _news() -> list[Any]:
+    """Metrics of compilations that were not looked at before."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    found = []
+    for metrics in get_compilation_metrics():
+        key = (str(metrics.compile_id), metrics.start_time_us, metrics.co_filename, metrics.co_firstlineno)
+        if key not in _known:
+            _known.add(key)
+            found.append(metrics)
+    return found
 
 
 def _breaks(metrics: Any) -> Iterator[tuple[str, int, str]]:

@@ -73,7 +73,9 @@ class Plain(nn.Module):
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Any:
+    broken.tell()  # of what other tests compiled
     logs.forget()
+    caplog.clear()
     torch._dynamo.reset()
     broken.listen()
 

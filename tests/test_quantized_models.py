@@ -194,7 +194,7 @@ OTHERS = [
 
 REASONS = {
     GroupOf64: "an output or 128 inputs", ZeroPoints: "zero points", SwappedHalves: "in a code that no kernel has",
-    GroupsOfInputsAlone: "an output or 128 x 128", OtherBias: "powers of two", TwosComplement: "in a way that no kernel knows",
+    GroupsOfInputsAlone: "an output or 128 x 128", OtherBias: "powers of two", TwosComplement: "in a code that no kernel has",
 }  # fmt: skip
 
 
