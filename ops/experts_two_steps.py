@@ -36,14 +36,9 @@ def _reverse_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
 
 
 def _reverse_fake(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
-    return [grad_TO.new_empty(shape, dtype=dtype) for shape, dtype in _types(*args)]
-
-
-def _types(*args: Any) -> list[tuple[tuple[Any, ...], torch.dtype]]:
-    """(shape, dtype) of what stands between."""
     *inputs, provider, needs_grad = args
-    found: list[Any] = registry.kernel("experts", provider, experts.CARRIED)(prepare(*inputs)[0], needs_grad)
-    return found
+    types = registry.kernel("experts", provider, experts.CARRIED)(prepare(*inputs)[0], needs_grad)
+    return [grad_TO.new_empty(shape, dtype=dtype) for shape, dtype in types]
 
 
 def _gradients_kernel(carried: list[Any], *args: Any) -> list[Any]:
@@ -104,8 +99,10 @@ def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> An
     """out [T, O], differentiable. tensors: the op's, in one row (experts_combine.arguments); at least one of them needs a gradient."""
     x, _, _, topk_weights, *params, combine_weights = tensors
     needs = tuple(each is not None and each.requires_grad for each in (x, topk_weights, *params, combine_weights))
-    args = *arguments(num_weights, rest, tensors), needs
-    types, (last, last_needs) = _types(*args), _last(*args)
+    *inputs, provider = arguments(num_weights, rest, tensors)
+    call, _ = prepare(*inputs)
+    types = registry.kernel("experts", provider, experts.CARRIED)(call, needs)
+    last, last_needs = registry.kernel("experts", provider, experts.LAST)(call)
     tokens: list[Any] = []
     of: list[int] = []
     for late in (False, True):  # nodes run from the newest on: the last products' first
@@ -116,13 +113,6 @@ def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> An
             tokens += _Parameters.apply(num_weights, rest, part, tuple(t if at in wanted else None for at, t in enumerate(types)), *tensors)
     fixed = [None if each is None else each.detach() for each in tensors]
     return _Sum.apply(num_weights, rest, needs, tuple(of), *tokens, *fixed)
-
-
-def _last(*args: Any) -> tuple[list[bool], list[bool]]:
-    """Which of what stands between, and which parameters, are of the last products' gradients."""
-    *inputs, provider, _ = args
-    found: tuple[list[bool], list[bool]] = registry.kernel("experts", provider, experts.LAST)(prepare(*inputs)[0])
-    return found
 
 
 REVERSE_OP = register_op(REVERSE_SCHEMA, _reverse_kernel, _reverse_fake)

@@ -18,8 +18,9 @@ MOST_TURNED = 1 << 25
 
 
 def few(kind: str, numbers: int) -> bool:
-    """Take a token's slots each by itself? numbers: of an expert's weight. Turning many from e4m3 takes longer than multiplying them."""
-    return kind not in ("fp8", "e4m3") or numbers < MOST_TURNED
+    """Take a token's slots each by itself? numbers: of an expert's weight. Turning many e4m3 into numbers takes longer than
+    multiplying them as they are, which kind "fp8" can."""
+    return kind != "fp8" or numbers < MOST_TURNED
 
 
 def block_rows(shape: Shape, kind: str, roles: bool) -> int:

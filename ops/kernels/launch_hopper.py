@@ -20,6 +20,7 @@ ROWS = 128  # of a block
 BOX = 64  # rows of a box of results
 STAGES = {(1, 1): 6, (1, 2): 5, (2, 1): 4, (2, 2): 3}  # steps under way, by products and bytes of a result
 TYPES = {torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MOST_INPUTS = 1 << 16  # whose scales have room in shared memory beside the tiles
 REGISTERS = 168  # of a thread, where three groups of four warps share a multiprocessor's
 
 
@@ -29,6 +30,7 @@ def suits(layer: Layer, own: Operands, device: Any) -> bool:
         on_hopper(device)
         and own.kind == "fp8"
         and own.form in ("one", "apart")
+        and own.inner <= MOST_INPUTS
         and not own.transposed
         and not layer.biases
         and not layer.reads_w
