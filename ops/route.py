@@ -7,11 +7,14 @@
     weights = normalize(scores[ids]) * scale      none | sum (eps added to the sum, or its lower bound) | softmax over K
                                                   or choice[ids]: the values of that top-k (DeepSeek V2)
 
-Every step is the torch function that routers are written with, so ties and NaN come out as they do there, to the bit.
+Every step is the torch function that routers are written with, so ties and NaN come out as they do there, to the bit. On GPUs all steps
+are one kernel (kernels/router.py) where it takes the router (unfit): it chooses the same experts, and orders equal ones by their numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ import torch
 from . import registry
 from ._register import below_autograd, register_composite, register_op
 from .functions import ABOVE
+from .kernels import launch_router
 
 NAME = "route"
 SCHEMA = (
@@ -144,23 +148,57 @@ def _check(logits: Any, routing: Routing) -> None:
         raise ValueError(f"route: top_k {routing.top_k} of logits {tuple(logits.shape)}; logits are [T, E], 1 <= K <= E")
     if routing.num_groups > 1 and experts % routing.num_groups:
         raise ValueError(f"route: {experts} experts do not divide into {routing.num_groups} groups")
+    if routing.num_groups > 1 and not 1 <= routing.top_groups <= routing.num_groups:
+        raise ValueError(f"route: top_groups {routing.top_groups} of {routing.num_groups} groups; 1 <= top_groups <= num_groups")
+    if routing.num_groups > 1 and routing.group_score == "top2_sum" and experts < 2 * routing.num_groups:
+        raise ValueError(f"route: top2_sum adds two experts of a group; {experts} experts in {routing.num_groups} groups are fewer")
 
 
 def _kernel(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
     routing = Routing(*constants)
     _check(logits, routing)
+    if logits.is_cuda and not _by_torch.get() and unfit(logits, bias, routing) is None:
+        return by_kernel(logits, bias, routing)
     return reference(logits, bias, routing)
+
+
+_by_torch = contextvars.ContextVar("by_torch", default=False)
+
+
+@contextlib.contextmanager
+def by_torch() -> Iterator[None]:
+    """Calls inside are torch's functions to the bit, on GPUs too: what a router means."""
+    token = _by_torch.set(True)
+    try:
+        yield
+    finally:
+        _by_torch.reset(token)
+
+
+def unfit(logits: Any, bias: Any, routing: Routing) -> str | None:
+    """None if the kernel takes such a router, else why not. logits [T, E], bias [E]; fake tensors will do."""
+    dtypes = (logits.dtype, routing.score_dtype, None if bias is None else bias.dtype, routing.weight_dtype)
+    return launch_router.unfit(logits.device, int(logits.shape[-1]), dtypes, routing.top_k, routing.num_groups)
+
+
+def by_kernel(logits: Any, bias: Any, routing: Routing) -> tuple[Any, Any]:
+    """weights [T, K] and ids int64 [T, K] of a router that is not unfit()."""
+    return launch_router.run(logits, bias, routing, _weights_dtype(logits, bias, routing))
 
 
 def _fake(logits: Any, bias: Any, *constants: Any) -> tuple[Any, Any]:
     routing = Routing(*constants)
     _check(logits, routing)
     shape = (logits.shape[0], routing.top_k)
+    dtype = _weights_dtype(logits, bias, routing)
+    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _weights_dtype(logits: Any, bias: Any, routing: Routing) -> torch.dtype:
     dtype = routing.score_dtype or logits.dtype
     if routing.weights_from == "choice" and bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
-    dtype = routing.weight_dtype or dtype
-    return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int64)
+    return routing.weight_dtype or dtype
 
 
 # The backward is plain torch in the caller's graph, where autocast would turn torch.softmax and softplus into float32.
@@ -230,7 +268,12 @@ def cost(problem: registry.Problem) -> float:
     return 30.0 + 2e-3 * (problem.tokens or 1024) * problem.num_experts
 
 
+def _on_a_gpu(problem: registry.Problem) -> str | None:
+    return None if problem.device.startswith("cuda") else f"triton's kernel runs on CUDA devices, device is {problem.device}"
+
+
 PROVIDER = registry.register(registry.Provider("torch", "route", {NAME: reference}, cost))
+TRITON = registry.register(registry.Provider("triton", "route", {NAME: by_kernel}, lambda problem: cost(problem) / 5, _on_a_gpu))
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -19,11 +19,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from moe_compile.ops import experts as stage
-from moe_compile.ops import experts_batched, experts_combine, experts_triton, local_experts
+from moe_compile.ops import experts_batched, experts_combine, experts_triton, local_experts, route
 from moe_compile.ops.comm import exchange
 from moe_compile.ops.kernels import launch, launch_backward, launch_few, launch_hopper, launch_scaled, launch_scaled_few, plan
 from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.quantized import scales_dtype, shapes_of, values_dtype
+from moe_compile.ops.route import Routing
 
 SWIGLU = "mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {j}, 1))"
 SPREAD = "mm(1, silu(cols(mm(0, w * x), 0, {i}, 1)) * cols(mm(0, w * x), {i}, {j}, 1))"
@@ -102,6 +103,10 @@ def quantised(kind: str, tokens: int, program: str = SWIGLU, hidden: int = 2048,
     local_experts.OP.overload(x, ids, experts, None, flat, [], text, layout, "", w, torch.bfloat16, "triton")
 
 
+def routed(tokens: int, experts: int, routing: Routing) -> None:
+    route.by_kernel(torch.zeros((tokens, experts), dtype=torch.bfloat16), torch.zeros(experts) if routing.num_groups > 1 else None, routing)
+
+
 def batched(rows: int, capacity: int, sent: torch.dtype = torch.bfloat16, kind: str = "", experts: int = 32) -> None:
     """rows: that an expert is likely to have. sent: the rows' dtype as they come. kind: of quantised weights."""
     hidden, inter, counts = 2048, 768, torch.zeros(experts, dtype=torch.int32)
@@ -126,6 +131,10 @@ def batched(rows: int, capacity: int, sent: torch.dtype = torch.bfloat16, kind: 
 CASES: dict[str, Callable[[], None]] = {
     "one token": lambda: layer(1, 4, 8, 2048, 768),
     "one token, inputs by outputs": lambda: layer(1, 4, 8, 2880, 2880, "eio", PAIRS),
+    "one token, inputs by outputs, halves": lambda: layer(1, 1, 8, 5120, 8192, "eio"),
+    "router": lambda: routed(1, 128, Routing(8, normalize="sum", score_dtype=torch.float32)),
+    "router of groups": lambda: routed(64, 256, Routing(8, "sigmoid", "sum", 1e-20, "add", 2.5, 8, 4, "top2_sum", 0.0, torch.float32)),
+    "router, 4 tokens a program": lambda: routed(5000, 60, Routing(4, "none", "softmax")),
     "16 rows": lambda: layer(16, 4, 16, 2048, 768),
     "32 rows": lambda: layer(64, 4, 16, 2048, 768, "eio", PAIRS),
     "64 rows": lambda: layer(256, 2, 16, 2048, 768),

@@ -36,6 +36,7 @@ PROGRAMS = {
     "halves": HALVES, "swapped halves": SWAPPED_HALVES, "pairs": PAIRS, "biased": BIASED, "apart": APART, "one": ONE, "deep": DEEP,
     "single": SINGLE, "weighted rows": WEIGHTED_ROWS,
 }  # fmt: skip
+TURNED_PAIRS = "mm(1, silu(cols(mm(0, x), 1, {j}, 2)) * cols(mm(0, x), 0, {j}, 2))"
 LAYOUTS = ("eoi", "eio", "oi*", "io*")
 SMALL = Sizes(7, 2, 4, 24, 16)
 
@@ -76,6 +77,14 @@ def one_token(name: str, layout: str) -> None:
     run(PROGRAMS[name], layout, Sizes(1, 3, 5, 24, 20), routing="holes", seed=3)
 
 
+@CASES.add(*((name, parts) for name in ("halves", "pairs", "turned pairs", "biased", "apart", "weighted rows") for parts in (True, False)))
+def one_token_by_outputs(name: str, parts: bool) -> None:
+    """Outputs next to each other in memory; the last layer's inputs in parts, or all in one program."""
+    program = TURNED_PAIRS if name == "turned pairs" else PROGRAMS[name]
+    with mock.patch.object(configs, "PROGRAMS", 64 if parts else 0):
+        run(program, "eio" if parts else "io*", Sizes(1, 3, 4, 36, 300), routing="holes", seed=3)
+
+
 @CASES.add()
 def many_tiles() -> None:
     """More columns than a tile has, in every way that tiles go over them."""
@@ -98,7 +107,7 @@ TRAINED = {name: PROGRAMS[name] for name in ("halves", "swapped halves", "pairs"
 TRAINED |= {"added": ADDED, "both biases": BOTH, "weighted rows": SPREAD}
 
 
-@CASES.add(*((name, layout) for name in TRAINED for layout in LAYOUTS))
+@CASES.add(*((name, layout) for i, name in enumerate(TRAINED) for layout in (LAYOUTS[0], LAYOUTS[1 + i % 3])))
 def gradients(name: str, layout: str) -> None:
     run_backward(TRAINED[name], layout, SMALL, routing="holes", seed=5)
 

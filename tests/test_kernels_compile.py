@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 NAMES = (
-    "one token", "one token, inputs by outputs", "16 rows", "32 rows", "64 rows", "128 rows", "128 rows, pairs", "128 rows, float32",
+    "one token", "one token, inputs by outputs", "one token, inputs by outputs, halves", "router", "router of groups",
+    "router, 4 tokens a program", "16 rows", "32 rows", "64 rows", "128 rows", "128 rows, pairs", "128 rows, float32",
     "odd sizes", "batched, 16 rows", "batched, 32 rows", "batched, 64 rows", "batched, 128 rows", "batched, less capacity than a block",
     "batched, e4m3 rows", "fp8_block_w, 16 rows", "fp8_block, 64 rows", "fp8_block, 128 rows", "fp8_channel, 128 rows",
     "mxfp4, pairs, 16 rows", "backward", "backward, weighted rows", "backward, pairs, float16",

@@ -140,6 +140,8 @@ def test_the_smallest_sum_is_the_clamp_where_it_binds() -> None:
         (Routing(2, normalize="l2"), "normalize 'l2' is unknown"),
         (Routing(9), "top_k 9 of logits"),
         (Routing(2, num_groups=3), "8 experts do not divide into 3 groups"),
+        (Routing(2, num_groups=2, top_groups=3), "top_groups 3 of 2 groups"),
+        (Routing(2, num_groups=8, group_score="top2_sum"), "8 experts in 8 groups are fewer"),
         (Routing(2, eps_mode="max"), "eps_mode 'max' is unknown"),
         (Routing(2, num_groups=2, group_score="mean"), "group_score 'mean' is unknown"),
     ],

@@ -17,7 +17,7 @@ from moe_compile.ops.registry import Problem, Provider
 
 def test_every_stage_has_its_providers() -> None:
     names = {stage: [provider.name for provider in registry.providers(stage)] for stage in registry.STAGES}
-    assert names["route"] == ["torch"]
+    assert names["route"] == ["torch", "triton"]
     assert {"local", "allgather", "alltoall"} <= set(names["comm"])
     assert {"reference", "cpu_grouped", "cuda_grouped_mm"} <= set(names["experts"])
 

@@ -48,7 +48,8 @@ def keep(*entries: Any, machine: Machine = H200, **more: Any) -> None:
 def test_without_a_file_the_rules_choose() -> None:
     assert configs.block_rows(SHAPE) == configs._block_rows(SHAPE)
     assert configs.tiles(SHAPE, 16, True) == configs._tiles(SHAPE, 16, True)
-    assert configs.strip(SHAPE, True, False) == configs._strip(SHAPE, True, False)
+    assert configs.strip(SHAPE, True, False) == configs._strip(SHAPE, False)
+    assert configs.strip(SHAPE, False, True) == configs._strip_across(SHAPE, True, False)
 
 
 def test_what_was_measured_comes_first() -> None:

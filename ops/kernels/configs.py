@@ -7,6 +7,7 @@ Measured on H200s; see benchmarks/notes.md.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from . import tuned
 from .tiles import Shape as Shape
 from .tiles import Strip as Strip
 from .tiles import Tiles as Tiles
+from .tiles import power
 
 STAGED = 224 * 1024  # bytes of shared memory that tiles under way may take; an H100 or H200 has 227 KiB a program
 
@@ -26,21 +28,60 @@ def few(tokens: int, top_k: int) -> bool:
     return tokens <= FEW_TOKENS and tokens * top_k <= FEW_SLOTS
 
 
-def strip(shape: Shape, along: bool, last: bool) -> Strip:
-    """along: inputs are next to each other in memory. last: the layer adds up the slots; one load covers its inner width where it can."""
-    found: Strip = tuned.chosen(tuned.few_role(along, last), shape, 0, lambda: _strip(shape, along, last))
+def strip(shape: Shape, along: bool, last: bool, paired: bool = False) -> Strip:
+    """along: inputs are next to each other in memory. last: the layer adds up the slots; one load covers its inner width where it can.
+
+    paired: columns of two products take turns in memory, a program reads both.
+    """
+    rule = functools.partial(_strip, shape, last) if along else functools.partial(_strip_across, shape, last, paired)
+    found: Strip = tuned.chosen(tuned.few_role(along, last), shape, 0, rule)
     return found
 
 
-def _strip(shape: Shape, along: bool, last: bool) -> Strip:
-    if not along:
-        return Strip(min(128, max(16, _power(shape.width))), 16, 4)
-    inner = max(16, _power(shape.inner))
+def _strip(shape: Shape, last: bool) -> Strip:
+    inner = power(shape.inner, 16)
     if not last:
         return Strip(2, min(1024, inner), 2)
     if inner <= 1024:
         return Strip(2, inner, 2)
     return Strip(1, 2048, 1) if inner == 2048 else Strip(1, 4096, 4) if inner == 4096 else Strip(2, 2048, 2)
+
+
+PROGRAMS = 512  # from which on enough loads are under way for memory's full rate
+MOST_PARTS = 8  # of a layer's inputs
+SUMMED = 64  # columns that a program adds up parts of
+
+
+def _strip_across(shape: Shape, last: bool, paired: bool) -> Strip:
+    """Columns lie next to each other: more of them for a program where there are many, else more inputs at a time."""
+    if last or shape.products == 1:
+        found = Strip(32, 256, 4)
+    elif paired:
+        found = Strip(16, 128, 8)
+    elif shape.width * shape.slots >= 64 * PROGRAMS:
+        found = Strip(64, 128, 8)
+    else:
+        found = Strip(32, 512, 4)
+    return Strip(min(found.cols, power(shape.width, 16)), min(found.depth, power(shape.inner, 16)), found.warps)
+
+
+def in_parts(strip: Strip, width: int, tokens: int) -> bool:
+    """Are a token's columns too few programs?"""
+    return -(-width // strip.cols) * tokens < PROGRAMS
+
+
+def inputs_of_a_part(strip: Strip, inner: int, width: int, slots: int) -> int:
+    """Inputs, a multiple of the strip's depth, that one program multiplies, so that there are enough programs."""
+    programs = -(-width // strip.cols) * slots
+    parts = min(MOST_PARTS, -(-PROGRAMS // programs), -(-inner // strip.depth))
+    return -(-inner // (parts * strip.depth)) * strip.depth
+
+
+def router(tokens: int, experts: int, groups: int) -> tuple[int, int]:
+    """(tokens of a program, warps): one warp a token, while that many programs fill a device."""
+    if experts > 512:
+        return 1, 4
+    return (1, 1) if tokens <= 1024 or groups > 1 else (4, 4)
 
 
 def block_rows(shape: Shape) -> int:
@@ -99,8 +140,8 @@ def changed(t: Tiles, shape: Shape, **fields: Any) -> Tiles:
 
 def _fitted(t: Tiles, shape: Shape) -> Tiles:
     """Smaller where the matrices are, and where elements are wide: tiles of all stages have to fit in shared memory."""
-    cols = min(t.cols, max(16, _power(shape.width)))
-    depth = min(t.depth, max(16, _power(shape.inner)))
+    cols = min(t.cols, power(shape.width, 16))
+    depth = min(t.depth, power(shape.inner, 16))
     t = replace(t, cols=cols, depth=depth, half=t.half and cols >= 32)
     while _staged(t, shape) > STAGED and t.stages > 2:
         t = replace(t, stages=t.stages - 1)
@@ -112,8 +153,3 @@ def _fitted(t: Tiles, shape: Shape) -> Tiles:
 def _staged(t: Tiles, shape: Shape) -> int:
     store = t.rows * t.cols * shape.itemsize // (2 if t.half else 1)
     return t.stages * t.depth * (t.rows + shape.products * t.cols) * shape.itemsize + (store if t.persistent else 0)
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below size."""
-    return 1 << max(0, size - 1).bit_length()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .tiles import power
+
 STAGED = 224 * 1024  # bytes of shared memory for tiles under way
 
 
@@ -39,7 +41,7 @@ def block_rows(slots: int, experts: int) -> int:
 
 def reverse_rows(block_rows: int, width: int) -> Piece:
     """Of the pass back through the epilogue: bound by memory. In place only where each number has one thread."""
-    cols = min(512, _power(width))
+    cols = min(512, power(width, 16))
     while cols > 128 and -(-width // cols) * cols > 1.1 * width:
         cols //= 2
     rows = min(block_rows, 16, 2048 // cols)
@@ -53,8 +55,8 @@ def read_columns(hidden: int) -> int:
 
 def weight_tiles(high: int, wide: int, itemsize: int, block_rows: int) -> Grid:
     """Of an expert's gradient [high, wide] over its rows, in steps that a block holds several of."""
-    cols = min(256 if itemsize == 2 else 128, _power(wide))
-    t = Grid(min(128, _power(high)), cols, min(64, block_rows), 8, 4, flat=True)
+    cols = min(256 if itemsize == 2 else 128, power(wide, 16))
+    t = Grid(min(128, power(high, 16)), cols, min(64, block_rows), 8, 4, flat=True)
     while t.stages > 2 and t.stages * t.depth * (t.rows + t.cols) * itemsize > STAGED:
         t = replace(t, stages=t.stages - 1)
     return replace(t, warps=t.warps if t.rows * t.cols >= 4096 else 4)
@@ -65,8 +67,3 @@ def smaller(t: Grid) -> Grid | None:
     if t.stages > 2:
         return replace(t, stages=t.stages - 1)
     return replace(t, cols=t.cols // 2, stages=3) if t.cols > 16 else None
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below size, 16 or more."""
-    return 1 << max(4, (size - 1).bit_length())

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import biases_of, matrix, tile_columns
+from .gemv_across import products_across
+from .grouped_gemm import biases_of, matrix, slot_of, tile_columns
 
 
 @triton.jit
@@ -25,18 +26,34 @@ def _weights(base, cols, ks, stride_i, stride_o, IN, EVEN: tl.constexpr):
 
 @triton.jit
 def _slot(
-    a, w0, w1, b0, b1, expert, row, weight, cols, first, IN, stride_a, e0, i0, o0, e1, i1, o1, eb0, eb1,
+    a, w0, w1, b0, b1, expert, row, weight, cols, first, n, IN, WIDTH, stride_a, e0, i0, o0, e1, i1, o1, eb0, eb1,
     START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, BIASES: tl.constexpr, PRODUCTS: tl.constexpr, W_FROM: tl.constexpr, W_TYPE: tl.constexpr, DTYPE: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, ACROSS: tl.constexpr, PAIRED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """[1, BN] float32 of one slot. first: the first weights [BN, BK] of product 0, if they are there already (GIVEN)."""
     base0 = matrix(w0, expert, e0, W_FROM, W_TYPE)
     base1 = matrix(w1, expert, e1, W_FROM, W_TYPE)
+    at = a + row.to(tl.int64) * stride_a
+    if ACROSS:
+        p0, p1 = products_across(at, base0, base1, n, IN, WIDTH, i0, o0, i1, o1, START0, START1, PRODUCTS, PAIRED, DTYPE, BN, BK, EVEN)
+    else:
+        p0, p1 = _products(
+            at, base0, base1, cols, first, IN, i0, o0, i1, o1, START0, STEP0, START1, STEP1, PRODUCTS, DTYPE, BN, BK, EVEN, GIVEN
+        )
+    bias0, bias1 = biases_of(b0, b1, expert, cols, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
+    return EPILOGUE(p0, p1, bias0, bias1, weight)
+
+
+@triton.jit
+def _products(
+    at, base0, base1, cols, first, IN, i0, o0, i1, o1, START0: tl.constexpr, STEP0: tl.constexpr, START1: tl.constexpr, STEP1: tl.constexpr,
+    PRODUCTS: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Both products' [1, BN], a column's inputs in a row of registers."""
     p = tl.zeros([BN, BK], tl.float32)
     q = tl.zeros([BN, BK], tl.float32)
-    at = a + row.to(tl.int64) * stride_a
     for k in tl.range(0, IN, BK):
         ks = k + tl.arange(0, BK)
         x = (tl.load(at + ks) if EVEN else tl.load(at + ks, mask=ks < IN, other=0.0)).to(DTYPE).to(tl.float32)[None, :]
@@ -49,8 +66,7 @@ def _slot(
             q += _weights(base1, START1 + STEP1 * cols, ks, i1, o1, IN, EVEN).to(DTYPE).to(tl.float32) * x
     p0 = tl.sum(p, 1)[None, :]
     p1 = tl.sum(q, 1)[None, :] if PRODUCTS > 1 else p0
-    bias0, bias1 = biases_of(b0, b1, expert, cols, eb0, eb1, BSTART0, BSTEP0, BSTART1, BSTEP1, BIASES, p0)
-    return EPILOGUE(p0, p1, bias0, bias1, weight)
+    return p0, p1
 
 
 @triton.jit
@@ -60,7 +76,7 @@ def slots_kernel(
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, PRODUCTS: tl.constexpr, SHARE: tl.constexpr,
     W_FROM: tl.constexpr, W_TYPE: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    PDL: tl.constexpr, WAITS: tl.constexpr,
+    ACROSS: tl.constexpr, PAIRED: tl.constexpr, PDL: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """out[n] = the layer's row of slot n; others stay. Grid (column tiles, N). a [N // SHARE, IN], ids [N], out [N, WIDTH]."""
     if PDL:
@@ -75,8 +91,9 @@ def slots_kernel(
         if READS_W:
             weight = tl.load(route_w + slot).to(tl.float32)
         result = _slot(
-            a, w0, w1, b0, b1, expert, slot // SHARE, weight, cols, 0.0, IN, stride_a, e0, i0, o0, e1, i1, o1, eb0, eb1, START0, STEP0,
-            START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, BIASES, PRODUCTS, W_FROM, W_TYPE, DTYPE, BN, BK, EVEN, False,
+            a, w0, w1, b0, b1, expert, slot // SHARE, weight, cols, 0.0, tl.program_id(0), IN, WIDTH, stride_a, e0, i0, o0, e1, i1, o1,
+            eb0, eb1, START0, STEP0, START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, BIASES, PRODUCTS, W_FROM, W_TYPE, DTYPE,
+            BN, BK, EVEN, ACROSS, PAIRED, False,
         )  # fmt: skip
         j = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
         tl.store(out + slot.to(tl.int64) * WIDTH + j, result.to(out.dtype.element_ty), mask=j < WIDTH)
@@ -89,7 +106,7 @@ def tokens_kernel(
     BSTART0: tl.constexpr, BSTEP0: tl.constexpr, BSTART1: tl.constexpr, BSTEP1: tl.constexpr,
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, PRODUCTS: tl.constexpr, K: tl.constexpr, SHARE: tl.constexpr,
     WEIGHTED: tl.constexpr, W_FROM: tl.constexpr, W_TYPE: tl.constexpr, DTYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, ACROSS: tl.constexpr, PAIRED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum_k sum_w[t, k] * the layer's row of slot (t, k). Grid (column tiles, T). a [T*K // SHARE, IN], out [T, WIDTH].
 
@@ -107,16 +124,11 @@ def tokens_kernel(
     total = tl.zeros([1, BN], tl.float32)
     for k in tl.static_range(K):
         slot = t * K + k
-        expert = tl.load(ids + slot)
-        valid = (expert >= 0) & (expert < E)
-        inside = tl.where(valid, expert, 0)
-        weight = 1.0
-        if READS_W:
-            weight = tl.load(route_w + slot).to(tl.float32)
+        valid, inside, weight = slot_of(ids, route_w, slot, E, READS_W)
         value = _slot(
-            a, w0, w1, b0, b1, inside, slot // SHARE, weight, cols, first, IN, stride_a, e0, i0, o0, e1, i1, o1, eb0, eb1, START0, STEP0,
-            START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, BIASES, PRODUCTS, W_FROM, W_TYPE, DTYPE, BN, BK, EVEN,
-            WIDE & (k == 0),
+            a, w0, w1, b0, b1, inside, slot // SHARE, weight, cols, first, tl.program_id(0), IN, WIDTH, stride_a, e0, i0, o0, e1, i1, o1,
+            eb0, eb1, START0, STEP0, START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, BIASES, PRODUCTS, W_FROM, W_TYPE, DTYPE,
+            BN, BK, EVEN, ACROSS, PAIRED, WIDE & (k == 0),
         )  # fmt: skip
         if WEIGHTED:
             value *= tl.load(sum_w + t * stride_sum_w + k).to(tl.float32)

@@ -113,6 +113,17 @@ def biases_of(
 
 
 @triton.jit
+def slot_of(ids, route_w, slot, E, READS_W: tl.constexpr):
+    """(whether the slot has an expert, that expert or the first one, its routing weight or 1)."""
+    expert = tl.load(ids + slot)
+    valid = (expert >= 0) & (expert < E)
+    weight = 1.0
+    if READS_W:
+        weight = tl.load(route_w + slot).to(tl.float32)
+    return valid, tl.where(valid, expert, 0), weight
+
+
+@triton.jit
 def places_of(rows, expert, counts, firsts, ends):
     """(int64 places in the order of the rows, whether there is such a slot)."""
     count = tl.load(counts + expert)

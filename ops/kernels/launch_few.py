@@ -9,7 +9,7 @@ import torch
 from moe_compile.ops.layout import Params
 
 from . import configs
-from .launch import biases_of, columns, multiplied, shape_of, starts_early, type_of, weights_of
+from .launch import biases_of, columns, multiplied, shape_of, starts_early, two, type_of, weights_of
 from .layers import Layer
 
 
@@ -60,15 +60,42 @@ def _tokens(
     out = torch.empty((tokens, layer.width), dtype=dtype, device=rows.device)
     strip, given, fixed = _common(layer, rows, ids, num_experts, weights, biases, last=True)
     pdl = follows and starts_early(rows.device)
-    if out.numel():
-        sum_w = sum_w if sum_w is None or sum_w.stride(1) == 1 else sum_w.contiguous()
+    sum_w = sum_w if sum_w is None or sum_w.stride(1) == 1 else sum_w.contiguous()
+    if out.numel() and fixed["ACROSS"] and len(layer.products) == 1 and configs.in_parts(strip, layer.width, tokens):
+        _by_parts(layer, rows, share, ids, route_w, sum_w, out, strip, given, fixed, pdl)
+    elif out.numel():
         (num, inner, width, stride), strides = given[4:8], given[8:]
         tokens_kernel[(-(-layer.width // strip.cols), tokens)](
             rows, *given[:4], route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, num, inner, width, stride,
             0 if sum_w is None else sum_w.stride(0), *strides, K=top_k, SHARE=share, WEIGHTED=sum_w is not None,
-            WIDE=strip.depth >= inner, PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
+            WIDE=strip.depth >= inner and not fixed["ACROSS"], PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
+
+
+def _by_parts(
+    layer: Layer, rows: Any, share: int, ids: Any, route_w: Any, sum_w: Any, out: Any, strip: configs.Strip, given: tuple[Any, ...],
+    fixed: dict[str, Any], pdl: bool,
+) -> None:  # fmt: skip
+    """A last layer of one product, outputs next to each other: slots and parts of the inputs by themselves, then their sum."""
+    from .gemv_across import parts_kernel, sum_parts_kernel
+
+    (w, _, b0, b1, num, inner, width, stride), (expert, i, o, _, _, _, *b_strides) = given[:8], given[8:]
+    inputs = configs.inputs_of_a_part(strip, inner, width, ids.numel())
+    split = -(-inner // inputs)
+    parts = torch.empty((split, ids.numel(), width), dtype=torch.float32, device=rows.device)
+    early = starts_early(rows.device)
+    parts_kernel[(-(-width // strip.cols), ids.numel(), split)](
+        rows, w, ids, parts, num, inner, width, inputs, stride, expert, i, o, START=fixed["START0"], SHARE=share, PDL=early, WAITS=pdl,
+        **{name: fixed[name] for name in ("W_FROM", "W_TYPE", "DTYPE", "BN", "BK", "EVEN", "num_warps")},
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    sum_parts_kernel[(-(-width // configs.SUMMED), out.shape[0])](
+        parts, b0, b1, route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, num, ids.numel(), width,
+        0 if sum_w is None else sum_w.stride(0), *b_strides, K=ids.shape[1], S=split, WEIGHTED=sum_w is not None, BN=configs.SUMMED,
+        PDL=early, **{name: fixed[name] for name in ("BSTART0", "BSTEP0", "BSTART1", "BSTEP1", "EPILOGUE", "READS_W", "BIASES")},
+        num_warps=1, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
 
 
 def _common(
@@ -80,12 +107,21 @@ def _common(
     w = weights_of(layer, weights)
     b, b_strides = biases_of(layer, biases)
     shape = shape_of(layer, weights, ids.numel(), num_experts, rows)
-    strip = configs.strip(shape, not w.transposed, last)
+    paired = w.transposed and _paired(layer, weights)
+    across = paired or (w.transposed and all(each.step == 1 for each in layer.products))
+    strip = configs.strip(shape, not across, last, paired)
     names = ("START0", "STEP0", "START1", "STEP1", "BSTART0", "BSTEP0", "BSTART1", "BSTEP1")
     fixed = {
         **dict(zip(names, columns(layer), strict=True)), "EPILOGUE": epilogue_of(layer), "READS_W": layer.reads_w,
         "BIASES": len(layer.biases), "PRODUCTS": len(layer.products), "W_FROM": w.source, "W_TYPE": type_of(w.dtype),
         "DTYPE": multiplied(layer.operand, rows.device), "BN": strip.cols, "BK": strip.depth, "EVEN": rows.shape[1] % strip.depth == 0,
-        "num_warps": strip.warps,
+        "ACROSS": across, "PAIRED": paired, "num_warps": strip.warps,
     }  # fmt: skip
     return strip, (*w.operands, *b, num_experts, rows.shape[1], layer.width, rows.stride(0), *w.strides, *b_strides), fixed
+
+
+def _paired(layer: Layer, weights: Params) -> bool:
+    """Do two products' columns take turns, so that they make up one matrix?"""
+    first, second = two(layer.products)
+    whole = first.of == second.of and weights.fan(first.of)[1] == 2 * layer.width
+    return whole and first.step == second.step == 2 and {first.start, second.start} == {0, 1}

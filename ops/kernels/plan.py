@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .tiles import power
+
 MAX_EXPERTS = 1024  # vectors over all experts stand in registers
 MAX_BLOCK_ROWS = 1024
 SPARE = 2  # times the likely number of blocks, beyond which programs take tiles in turn
@@ -80,13 +82,18 @@ TUNING = Tuning()
 
 @functools.lru_cache(maxsize=256)
 def supports(device: Any, num_experts: int) -> str | None:
-    """None if slots of a CUDA device can be sorted here, else why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    if not 1 <= num_experts <= MAX_EXPERTS:
-        return f"takes 1 to {MAX_EXPERTS} experts, got {num_experts}"
+    """None if kernels with vectors over all experts run on a CUDA device, else why not."""
+    if (why := limits(num_experts)) is not None:
+        return why
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"needs compute capability 8.0, {device} has {major}.{minor}"
+
+
+def limits(num_experts: int) -> str | None:
+    """What forbids such kernels on any device, Triton's interpreter too."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    return None if 1 <= num_experts <= MAX_EXPERTS else f"takes 1 to {MAX_EXPERTS} experts, got {num_experts}"
 
 
 def blocks_bound(slots: int, num_experts: int, block_rows: int) -> int:
@@ -273,11 +280,6 @@ def _new_order(ids: Any, num_experts: int) -> dict[str, Any]:
 
 
 @functools.cache
-def _power(n: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def _warps(elements: int, most: int) -> int:
     """Each warp has at least 32 elements, as tl.histogram needs."""
     return max(1, min(most, elements // 32))
@@ -299,7 +301,7 @@ def _bound(plan: Plan) -> int:
 
 
 def _experts_padded(num_experts: int) -> int:
-    return max(32, _power(num_experts))
+    return max(32, power(num_experts))
 
 
 def _once_lanes(slots: int) -> int:
@@ -315,7 +317,7 @@ def _sort_once(ids: Any, num_experts: int, plan: Plan) -> None:
     rows, blocks = (plan.block_rows, _bound(plan)) if plan.slots is not None else (lanes, min(num_experts, slots))
     sort_once_kernel[(1 + min(blocks, TUNING.programs),)](
         ids, plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, plan.order, plan.offsets, slots, blocks,
-        E=num_experts, EP=_experts_padded(num_experts), BN=lanes, BR=rows, BRP=_power(rows),
+        E=num_experts, EP=_experts_padded(num_experts), BN=lanes, BR=rows, BRP=power(rows),
         num_warps=_warps(lanes // TUNING.once_each, TUNING.once_warps),
     )  # fmt: skip
 
@@ -324,7 +326,7 @@ def _sort_chunks(ids: Any, num_experts: int, plan: Plan) -> None:
     from .plan_kernels import count_kernel, place_kernel, scan_kernel
 
     slots, tile, padded = ids.shape[0], TUNING.tile, _experts_padded(num_experts)
-    steps = _power(-(-slots // (tile * TUNING.chunks)))
+    steps = power(-(-slots // (tile * TUNING.chunks)))
     chunks = -(-slots // (tile * steps))
     scanned = chunks > TUNING.direct_chunks
     table, totals = _split((chunks * num_experts, num_experts), ids.device, zero=False)
@@ -338,20 +340,20 @@ def _sort_chunks(ids: Any, num_experts: int, plan: Plan) -> None:
         totals, counts = (totals if counts is None else counts), None
         chunks_at_once, experts_at_once = TUNING.scan
         scan_kernel[(-(-num_experts // experts_at_once),)](
-            table, totals, chunks, E=num_experts, BG=min(chunks_at_once, _power(chunks)), BE=experts_at_once, num_warps=TUNING.scan_warps
+            table, totals, chunks, E=num_experts, BG=min(chunks_at_once, power(chunks)), BE=experts_at_once, num_warps=TUNING.scan_warps
         )
     rows = plan.block_rows or 1
     blocks_at_once, fills = _fills(_bound(plan), rows, padded)
     place_kernel[(fills + chunks,)](
         ids, table, totals if scanned else None, plan.slots, plan.rows, plan.blocks, plan.num_blocks, counts, plan.firsts, plan.order,
-        plan.offsets, slots, _bound(plan), chunks, fills, steps, E=num_experts, EP=padded, TILE=tile, BR=rows, BRP=_power(rows),
+        plan.offsets, slots, _bound(plan), chunks, fills, steps, E=num_experts, EP=padded, TILE=tile, BR=rows, BRP=power(rows),
         NB=blocks_at_once, BG=max(1, min(TUNING.direct_chunks, 4096 // padded)), num_warps=_warps(tile, TUNING.place_warps),
     )  # fmt: skip
 
 
 def _fills(bound: int, block_rows: int, padded: int) -> tuple[int, int]:
     """(blocks that one program fills, programs)."""
-    at_once = max(4, min(TUNING.fill_rows // _power(block_rows), FOUND // padded))
+    at_once = max(4, min(TUNING.fill_rows // power(block_rows), FOUND // padded))
     return at_once, -(-bound // at_once)
 
 
@@ -365,7 +367,7 @@ def _find_in_place(plan: Plan, counts: Any, capacity: int, room: int) -> None:
     with torch.cuda.device_of(counts):
         counts_kernel[(programs,)](
             counts, None if plan.in_place else plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, capacity,
-            room, bound, E=counts.shape[0], EP=padded, BR=plan.block_rows, NB=blocks_at_once, ROWS=_power(TUNING.fill_rows),
+            room, bound, E=counts.shape[0], EP=padded, BR=plan.block_rows, NB=blocks_at_once, ROWS=power(TUNING.fill_rows),
             num_warps=TUNING.place_warps,
         )  # fmt: skip
 
@@ -379,6 +381,6 @@ def _fill(plan: Plan, order: Any, offsets: Any, whole: bool) -> None:
     with torch.cuda.device_of(order):
         fill_kernel[(fills,)](
             order, offsets, plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, plan.rows.shape[0], _bound(plan),
-            order.shape[0], E=offsets.shape[0], EP=padded, BR=plan.block_rows, BRP=_power(plan.block_rows),
+            order.shape[0], E=offsets.shape[0], EP=padded, BR=plan.block_rows, BRP=power(plan.block_rows),
             NB=blocks_at_once, REST=TUNING.fill_rows if whole else 0, num_warps=TUNING.place_warps,
         )  # fmt: skip

@@ -206,7 +206,11 @@ def elu(a, ALPHA: tl.constexpr):
 
 @triton.jit
 def softplus(a, BETA: tl.constexpr, HIGH: tl.constexpr):
-    return tl.where(a * BETA > HIGH, a, tl.log(1 + tl.exp(a * BETA)) / BETA)
+    """Without loss where exp(a) is small beside 1."""
+    e = tl.exp(tl.minimum(a * BETA, HIGH))
+    u = 1 + e
+    value = tl.where(u == 1, e, tl.log(u) * (e / (u - 1))) / BETA
+    return tl.where((a * BETA > HIGH) | (a != a), a, value)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import biases_of, matrix, tile_columns
+from .grouped_gemm import biases_of, matrix, slot_of, tile_columns
 from .unpack import number, power_of_two
 
 
@@ -156,12 +156,7 @@ def scaled_tokens_kernel(
     total = tl.zeros([1, BN], tl.float32)
     for k in tl.static_range(K):
         slot = t * K + k
-        expert = tl.load(ids + slot)
-        valid = (expert >= 0) & (expert < E)
-        inside = tl.where(valid, expert, 0)
-        weight = 1.0
-        if READS_W:
-            weight = tl.load(route_w + slot).to(tl.float32)
+        valid, inside, weight = slot_of(ids, route_w, slot, E, READS_W)
         value = _slot(
             a, w0, w1, s0, s1, b0, b1, inside, slot // SHARE, weight, cols, first, IN, UNITS, STEPS, stride_a, e0, i0, o0, e1, i1, o1, se0,
             si0, so0, se1, si1, so1, eb0, eb1, START0, STEP0, START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, BIASES, PRODUCTS,

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def power(size: int, least: int = 1) -> int:
+    """The least power of two that is not below size, nor below `least`, one itself."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Tiles:
     """One GEMM's launch. rows, cols, depth: of a tile (cols of each product). group: blocks that share a weight tile in L2.
