@@ -24,6 +24,7 @@ from moe_compile.ops.experts import LOCAL
 from .decisions import between, tensor_of, writes_in_place
 from .lift.sizes import shape_of
 from .overlap import overlap
+from .routing import provider_of
 
 
 def fuse(gm: GraphModule) -> int:
@@ -51,12 +52,15 @@ def _replaced(gm: GraphModule, n: Node) -> bool:
 
 
 def _routes_inline(n: Node) -> bool:
-    """On a CPU, Inductor repeats what made a weight for every few elements of the row that it weighs: fine for a short sum."""
+    """On a GPU what the kernel does not take.
+
+    On a CPU Inductor repeats what made a weight for every few elements of the row that it weighs: fine for a short sum.
+    """
     logits, routing = tensor_of(n.args[0]), route.Routing(*n.args[2:])
     if logits is not None and any(size == 0 for size in shape_of(logits)):
         return False  # nothing to fuse
     if not _on_cpu(n.args[0]):
-        return True
+        return provider_of(n) == route.PROVIDER.name
     values = (n.args[1] is None and routing.num_groups == 1) or routing.weights_from == "choice"  # of the top-k itself, no gather
     return values and (routing.normalize == "none" or routing.top_k <= 4)
 

@@ -16,6 +16,7 @@ from .sizes import Size
 _ids = itertools.count()
 _table: dict[Any, Expr] = {}
 _orders: dict[Any, Order] = {}
+_stacks: dict[Any, Leaf] = {}
 
 BINDERS = {"sum", "scat", "softmax"}
 
@@ -51,10 +52,11 @@ class Leaf:
     """A tensor kept closed: one FX node, or a stack of nodes (one an expert).
 
     Facts: the range of routing ids, distinct along the last dim; limits of any integers; constant: the elements, where they are known;
-    dequantised: computed from quantised numbers; rank: what it counts, where it is a running count.
+    dequantised: computed from quantised numbers; rank: what it counts, where it is a running count; total: where it is a count in all.
     """
 
     rank: Rank | None = None
+    total: Total | None = None
 
     def __init__(
         self,
@@ -79,6 +81,13 @@ class Rank:
 
     def __init__(self, dims: tuple[tuple[Var, ...], ...], mask: Expr, along: int):
         self.dims, self.mask, self.along = dims, mask, along
+
+
+class Total:
+    """A count in all: at how many of the places `over` the mask (0 or 1) holds, for each index of `dims`."""
+
+    def __init__(self, dims: tuple[tuple[Var, ...], ...], over: list[Var], mask: Expr):
+        self.dims, self.over, self.mask = dims, over, mask
 
 
 class Enum:
@@ -112,18 +121,27 @@ class Order:
 @contextlib.contextmanager
 def fresh_table() -> Iterator[None]:
     """Terms built inside are forgotten at the end; nests."""
-    global _table, _orders
-    saved = _table, _orders
-    _table, _orders = dict(_constants), {}
+    global _table, _orders, _stacks
+    saved = _table, _orders, _stacks
+    _table, _orders, _stacks = dict(_constants), {}, {}
     try:
         yield
     finally:
-        _table, _orders = saved
+        _table, _orders, _stacks = saved
 
 
 def make_order(vars: Sequence[Var], expr: Expr) -> Order:
     key = ("order", tuple(v.size for v in vars), alpha(expr, vars))
     return _orders.setdefault(key, Order(vars, expr, key))
+
+
+def make_stack(leaves: Sequence[Leaf]) -> Leaf:
+    """One tensor an expert, as one leaf; the same for the same tensors."""
+    whole = all((leaf.integer, leaf.limits) == (leaves[0].integer, leaves[0].limits) for leaf in leaves)
+    facts = (leaves[0].integer, leaves[0].limits) if whole else (False, None)
+    nodes = [leaf.nodes[0] for leaf in leaves]
+    made = Leaf(nodes, (len(nodes), *leaves[0].shape), integer=facts[0], limits=facts[1])
+    return _stacks.setdefault((tuple(nodes), facts), made)
 
 
 def raw(op: str, *args: Any) -> Expr:

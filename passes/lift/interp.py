@@ -91,6 +91,8 @@ class Interp:
         if isinstance(val, torch.SymInt | int) and (n := size_of(val)) is not None:
             return Value((), const(n) if isinstance(n, int) else raw("size", n))
         name = opname(node)
+        if node in self.facts:
+            return self.leaf(node)
         if self.closed and self._dequantises(node, name):
             return self.leaf(node)
         if node.op != "call_function" or (node in self.before and name.split(".")[0] not in CONSTANTS):

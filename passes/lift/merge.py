@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .algebra import subst
-from .expr import BINDERS, Expr, Leaf, Refused, Var, raw
+from .expr import BINDERS, Expr, Refused, Var, make_stack, raw
 from .index import sel
 
 
@@ -15,7 +15,6 @@ class Merger:
     def __init__(self, index: Var):
         self.index = index
         self.memo: dict[tuple, Expr] = {}
-        self.stacks: dict[tuple, Leaf] = {}
 
     def merge(self, parts: tuple[Expr, ...]) -> Expr:
         if all(p is parts[0] for p in parts):
@@ -68,13 +67,8 @@ class Merger:
             raise Refused("each expert's weights are dequantised by themselves in a way that no kernel knows")
         if any(len(leaf.nodes) > 1 for leaf in leaves):
             raise Refused("experts within experts")
-        nodes = tuple(leaf.nodes[0] for leaf in leaves)
-        if nodes not in self.stacks:
-            whole = all((leaf.integer, leaf.limits) == (leaves[0].integer, leaves[0].limits) for leaf in leaves)
-            facts = {"integer": leaves[0].integer, "limits": leaves[0].limits} if whole else {}
-            self.stacks[nodes] = Leaf(list(nodes), (len(nodes), *leaves[0].shape), **facts)
         rest = [self.merge(tuple(p.args[i] for p in parts)) for i in range(1, len(parts[0].args))]
-        return raw("load", self.stacks[nodes], self.index, *rest)
+        return raw("load", make_stack(leaves), self.index, *rest)
 
 
 def select(index: Expr, *parts: Expr) -> Expr:

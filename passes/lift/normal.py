@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .algebra import compare, distinct_slots, mul, refresh, slot_test, subst
 from .expr import ONE, ZERO, Expr, Refused, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
@@ -72,15 +73,20 @@ def cheap_test(expr: Expr, first: First | None = None) -> None:
     """Refuse partial sums (the accumulator inside the loop) before any work is done on them."""
     seen: dict[tuple, list[int]] = {}
     for t in terms(expr):
-        while t.op == "sum":
-            t = t.args[1]
+        while (inner := t if t.op == "sum" else _tested_sum(t)) is not None:
+            t = inner.args[1]
         hits = [f for f in factors(t) if _arm(f)]
         if len(hits) == 1:
             ids, c = hits[0].args
-            where = tuple(a if is_const(a) else None for a in ids.args[1:]) if ids.op == "load" else ()
+            where = (ids.args[0], *map(_fixed_index, ids.args[1:])) if ids.op == "load" else ()
             seen.setdefault((num_ids(ids), *where), []).append(c.args[0])
     for (n, *_), have in seen.items():
         _check_experts(sorted(have), n, first)
+
+
+def _fixed_index(a: Expr) -> Any:
+    """What tells one choice of a token from another: a number, or the tensor that it is read from."""
+    return a if is_const(a) else a.args[0] if a.op == "load" else None
 
 
 PARTIAL = "the sum over experts is not over each"
@@ -97,18 +103,25 @@ def describe_experts(have: list[int], n: int) -> str:
 
 
 def peel(e: Expr) -> tuple[list[Var], Expr]:
-    """Bound variables of the outer sums, and the body."""
+    """Bound variables of the outer sums, and the body; c * sum_k [id_k = e] f is sum_k [id_k = e] c f."""
     vs = []
-    while e.op == "sum":
-        v, e = refresh(e)
+    while (inner := e if e.op == "sum" else _tested_sum(e)) is not None:
+        v, body = refresh(inner)
+        e = mul(*[f for f in factors(e) if f is not inner], body)
         vs.append(v)
     return vs, e
 
 
-def gather_experts(expr: Expr, first: First | None = None) -> tuple[Expr | None, list[Expr]]:
+def _tested_sum(e: Expr) -> Expr | None:
+    """The sum over one expert's slots in a product that has no such test itself (a test of the token, say: is there room?)."""
+    sums = [f for f in factors(e) if f.op == "sum" and any(_arm(g) for g in factors(f.args[1]))]
+    return sums[0] if len(sums) == 1 and not any(_arm(f) for f in factors(e)) else None
+
+
+def gather_experts(expr: Expr, first: First | None = None, rows: Sequence[Var] = ()) -> tuple[Expr | None, list[Expr]]:
     """sum_e sum_k [id=e] f_e  ->  sum_k sel(id, f_0, f_1, ...); returns the new sum and the terms left over.
 
-    first: the experts that there are, where that is not one for each id.
+    rows: the variables of a token. first: the experts that there are, where that is not one for each id.
     """
     groups: dict = {}
     rest: list[Expr] = []
@@ -129,14 +142,16 @@ def gather_experts(expr: Expr, first: First | None = None) -> tuple[Expr | None,
         found, others = _select_arm(arms, first)
         sums.append(found)
         rest += others
-    return sums[0] if len(sums) == 1 else _sum_slots(sums), rest
+    return sums[0] if len(sums) == 1 else _sum_slots(sums, rows), rest
 
 
-def _sum_slots(sums: list[Expr]) -> Expr:
+def _sum_slots(sums: list[Expr], rows: Sequence[Var]) -> Expr:
     """f(id_0) + f(id_1) + ...: slots written out one by one, in whatever order, are a sum over k."""
+    from .choices import side_by_side
+
     slot = {s: [a.args[0] for a in s.args[0].args[1:] if is_const(a)] for s in sums if s.op == "sel" and s.args[0].op == "load"}
-    if len(slot) < len(sums) or any(not c for c in slot.values()):
-        raise Refused("several sums over experts are added")
+    if len(slot) < len(sums) or any(not c for c in slot.values()) or len({s.args[0].args[0] for s in sums}) > 1:
+        return side_by_side([merge_selects(s) for s in sums], rows)
     k = Var(len(sums))
     parts = tuple(merge_selects(s) for s in sorted(sums, key=lambda s: slot[s][-1]))
     return raw("sum", k, Merger(k).merge(parts))
@@ -284,6 +299,8 @@ def used_ids(e: Expr, rows: Iterable[Var]) -> list[Expr]:
     found: dict[Expr, None] = {}
     rows = frozenset(rows)
     for x in loads(e):
+        if x.args[0].rank is not None or x.args[0].total is not None:  # a count is no parameter
+            continue
         digits = [d for a in x.args[1:] for d in (a.args[::2] if a.op == "mix" else (a,))]
         ids = [d for d in digits if is_id(d)]
         if len(ids) == 1 and not any(d.free & rows for d in digits if d is not ids[0]):

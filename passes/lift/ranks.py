@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .algebra import add, eq, mul, negate, rebuild, refresh, replace, subst, sum_
+from .algebra import add, compare, eq, mul, negate, rebuild, refresh, replace, subst, sum_
 from .expr import BINDERS, ONE, ZERO, Expr, Rank, Var, alpha, factors, is_const, loads, raw, terms
-from .index import bounds, digits, inside, is_bool, is_int, pairs
+from .index import bounds, digits, inside, is_bool, is_int, mix, pairs
 from .sizes import Size, at_most, prod
 
 Facts = frozenset[Expr]
@@ -29,7 +29,7 @@ def collapse(e: Expr) -> Expr:
 
 def counted(e: Expr) -> bool:
     """Does e read a running count?"""
-    return any(x.args[0].rank for x in loads(e))
+    return any(x.args[0].rank is not None for x in loads(e))
 
 
 def _under(e: Expr, known: Facts) -> Expr:
@@ -39,8 +39,10 @@ def _under(e: Expr, known: Facts) -> Expr:
     if is_bool(e):
         if _among(e, known):
             return ONE
-        if _among(negate(e), known):
+        if _among(negate(e), known) or (e.op == "eq" and counted(e) and _apart(e.args[0], e.args[1], known)):
             return ZERO
+        if e.op == "not" and e.args[0].op == "eq" and is_const(e.args[0].args[1], 0) and e.args[0].args[0].op == "add":
+            return compare("ne", _under(e.args[0].args[0], known), ZERO)  # of several terms, all but one may be zero here
     if e.op == "mul":
         return _product(list(e.args), known)
     if e.op == "sum":
@@ -84,7 +86,7 @@ def _nest(e: Expr, known: Facts) -> Expr:
     vs: list[Var] = []
     body = e
     while True:
-        body = _under(_peeled(body, vs), known)
+        body = _spread(_under(_peeled(body, vs), known), vs)
         if body.op == "sum":
             continue
         if body.op == "add":
@@ -112,6 +114,19 @@ def _one_product(body: Expr) -> Expr:
         return body
     v, b = refresh(inner)
     return raw("sum", v, mul(*[f for f in factors(body) if f is not inner], b))
+
+
+def _spread(body: Expr, vs: list[Var]) -> Expr:
+    """(a + b) f  ->  a f + b f, where both terms are tested: two choices that share the buffers."""
+    both = next((f for f in factors(body) if f.op == "add" and all(_tested(t, vs) for t in f.args)), None)
+    if both is None or both is body:
+        return body
+    others = [f for f in factors(body) if f is not both]
+    return add(*[mul(t, *others) for t in both.args])
+
+
+def _tested(t: Expr, vs: list[Var]) -> bool:
+    return any(f.op == "eq" and f.free & set(vs) for f in factors(t))
 
 
 def _has_equation(e: Expr) -> bool:
@@ -187,6 +202,78 @@ def _equations(a: Expr, b: Expr) -> list[Expr]:
     return [eq(a, b)]
 
 
+# ---------------------------------------------------------------- two choices, one behind the other
+def _apart(a: Expr, b: Expr, facts: Facts) -> bool:
+    """Are two positions known to differ?  No running count of first choices reaches one that stands behind all of them."""
+    table = _same_ids(facts)
+    facts = facts.union(raw("eq", *f.args[::-1]) for f in facts if f.op == "eq")
+    facts = facts.union(*(factors(replace(f, _except(table, f))) for f in facts)) if table else facts
+    a, b = (_under(replace(x, table) if table else x, facts) for x in (a, b))
+    return _behind(a, b, facts) or _behind(b, a, facts)
+
+
+def _same_ids(facts: Facts) -> dict[Expr, Expr]:
+    """For ids that equations say are the same: one to stand for all of them, an index or one of the ids."""
+    group: dict[Expr, Expr] = {}
+    for f in facts:
+        if f.op == "eq" and any(_is_choice(x) for x in f.args) and all(isinstance(x, Var) or _is_choice(x) for x in f.args):
+            x, y = (group.get(x, x) for x in f.args)
+            kept, gone = (x, y) if isinstance(x, Var) or not isinstance(y, Var) else (y, x)
+            group = {**{u: kept if w is gone else w for u, w in group.items()}, gone: kept}
+    return {u: w for u, w in group.items() if u is not w and _is_choice(u)}
+
+
+def _is_choice(e: Expr) -> bool:
+    return e.op == "load" and e.args[0].range is not None
+
+
+def _behind(a: Expr, b: Expr, facts: Facts) -> bool:
+    """a < b, as a is a running count, and b has the count of at least as many places in it."""
+    left, right = (Counter(t for t in terms(x) if not is_const(t)) for x in (a, b))
+    mine, theirs = list((left - right).elements()), list((right - left).elements())
+    if len(mine) != 1 or mine[0].op != "load" or mine[0].args[0].rank is None:
+        return False
+    found = next((y for y in theirs if y.op == "load" and y.args[0].total is not None and _reaches(y, mine[0], facts)), None)
+    if found is None:
+        return False
+    theirs.remove(found)
+    numbers = [sum(t.args[0] for t in terms(x) if is_const(t)) for x in (a, b)]
+    return _least(add(*theirs), facts) + numbers[1] - numbers[0] > 0
+
+
+def _reaches(total: Expr, count: Expr, facts: Facts) -> bool:
+    """Does the total count every place that the running count has counted so far?
+
+    Each test of the total must be one of the running count's own, or a limit to that count: if it holds here, it held before.
+    """
+    what, rank, along = total.args[0].total, count.args[0].rank, count.args[0].rank.along + 1
+    if [v.size for v in what.over] != [v.size for v in rank.dims[rank.along]]:
+        return False
+    before = [v.fresh() for v in what.over]
+    place = mix(*[x for v in before for x in (v, v.size)])
+    earlier = raw("load", *count.args[:along], place, *count.args[along + 1 :])
+    at = {**_indices(what.dims, total.args[1:]), **dict(zip(what.over, before))}
+    left = _under(subst(what.mask, at), frozenset(factors(_mask_at(earlier))))
+    here = dict(zip(before, digits(count.args[along], [v.size for v in before])))
+    return all(_limits(f, earlier, set(before)) and _is_below(subst(f, here), facts) for f in factors(left) if not is_const(f, 1))
+
+
+def _limits(test: Expr, count: Expr, places: set[Var]) -> bool:
+    """count + number < limit, the limit the same for all places."""
+    return any(_constant(small, count) is not None and not large.free & places for _, small, large in _orderings(test))
+
+
+def _is_below(test: Expr, facts: Facts) -> bool:
+    """Does a fact say so, or that it is even less?"""
+    if test in facts or is_const(test, 1):
+        return True
+    for op, small, large in _orderings(test):
+        limit = large.args[0] if is_const(large) or large.op == "size" else None
+        if limit is not None and any(_below(f, small, limit + (op == "le")) for f in facts):
+            return True
+    return False
+
+
 # ---------------------------------------------------------------- what is known of a running count
 def _counts(e: Expr, facts: Facts) -> bool:
     """Is e a running count at a place where its mask holds?"""
@@ -195,11 +282,16 @@ def _counts(e: Expr, facts: Facts) -> bool:
 
 def _mask_at(count: Expr) -> Expr:
     rank: Rank = count.args[0].rank
-    at: dict[Var, Expr] = {}
-    for dim, i in zip(rank.dims, count.args[1:]):
+    return subst(rank.mask, _indices(rank.dims, count.args[1:]))
+
+
+def _indices(dims: tuple[tuple[Var, ...], ...], at: tuple[Expr, ...]) -> dict[Var, Expr]:
+    """The variables of dimensions, where these are indexed so."""
+    found: dict[Var, Expr] = {}
+    for dim, i in zip(dims, at):
         if dim:
-            at.update(zip(dim, digits(i, [v.size for v in dim])))
-    return subst(rank.mask, at)
+            found.update(zip(dim, digits(i, [v.size for v in dim])))
+    return found
 
 
 def _holds(f: Expr, facts: Facts) -> bool:
@@ -232,7 +324,7 @@ def _least(e: Expr, facts: Facts) -> float:
     """A lower bound of a sum."""
     total = 0.0
     for t in terms(e):
-        known = bounds(t)
+        known = (0, None) if t.op == "load" and t.args[0].total is not None else bounds(t)
         total += 1 if _counts(t, facts) else known[0] if known is not None else float("-inf")
     return total
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .algebra import mul, refresh
+from .choices import side_by_side
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
 from .index import inside
 from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, used_ids
@@ -109,16 +110,16 @@ def _split_rows(value: Value) -> Value:
 
 def _one_term(expr: Expr, rows: list[Var], first: First | None) -> tuple[Expr, list[Expr]]:
     """The term that sums over the experts, and the others (a residual, a shared expert, where the accumulator started)."""
-    found, rest = gather_experts(expr, first)
+    found, rest = gather_experts(expr, first, rows)
     if found is not None:
         return found, rest
     if first is not None:
         raise Refused(NOTHING_SUMMED)
     ts = terms(expr)
     mine = [t for t in ts if used_ids(t, rows) or leftovers(t) or _selects(t)]
-    if len(mine) != 1:
-        raise Refused(NOTHING_SUMMED if not mine else "several sums over experts are added")
-    return mine[0], [t for t in ts if t is not mine[0]]
+    if not mine:
+        raise Refused(NOTHING_SUMMED)
+    return mine[0] if len(mine) == 1 else side_by_side(mine, rows), [t for t in ts if t not in mine]
 
 
 def _selects(e: Expr) -> bool:

@@ -29,9 +29,7 @@ STYLE_GRAPHS: dict[str, int | str] = {
 
 # Not one graph, and the recording is no help: name -> what the report says.
 STYLE_LEFT: dict[str, str] = {
-    "lucidrains_moe_top2": "stays as it is",  # random second expert, one_hot as long as the data tells
-    "makemoe_capacity": "the sum over experts",  # each expert counts its own tokens
-    "offsets_by_comparison": "stays as it is",
+    "offsets_by_comparison": "decides by a size that only the data tells",
 }
 
 # One graph, but not this formula or beyond the calculus: name -> what the reason says.
@@ -74,7 +72,6 @@ ZOO_REFUSED: dict[str, tuple[int, str]] = {
     "deepseek_v4": (1, ""),  # layer 0 takes its experts from a table of token ids
     "doge_cdmoe_block": (1, ""),
     "ernie4_5_vl_moe_text": (1, ""),  # the vision block is never called
-    "nllb_moe": (2, _BREAKS),  # takes its 0/1 mask for ids: only experts 0 and 1 run
     "vitpose_backbone": (2, ""),
 }
 

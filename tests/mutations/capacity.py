@@ -180,4 +180,70 @@ class CapacityMasks(CapacityTop1):
         return out
 
 
-__all__ = ["CapacityMasks", "CapacitySlots", "CapacityTop1", "CapacityTopK"]
+class CapacityChoices(CapacityTop1):
+    """Two choices, the second of what the first leaves over, in the rows behind all first ones; renormalised after the drop."""
+
+    own = (
+        *Buffers.own, "counted_separately", "behind_second", "behind_kept", "behind_fewer", "behind_one_less", "behind_two_more",
+        "first_again", "second_by_first", "renorm_before_drop",
+    )  # fmt: skip
+    same = ("counts_exclusive", "counts_in_uint8", "positions_clamped", "buffer_longer", "behind_kept")
+    without = CapacityTop1.without | {"renorm_after_drop", "positions_halved"}
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, m = hidden.view(-1, H), self.mutation
+        p = self.scores(x)
+        ids1 = self.chosen(x, p.argmax(-1, keepdim=True))[:, 0]
+        mask1 = F.one_hot(ids1, E)
+        ids2 = (p if m == "first_again" else p.masked_fill(mask1.bool(), float("-inf"))).argmax(-1)
+        mask2 = F.one_hot(ids2, E)
+        at1 = self.positions(mask1)
+        at2 = self.positions(mask2) + self.before(mask1, mask2, at1)
+        kept1, kept2 = self.kept(at1, mask1), self.kept(at2, mask2)
+        both = (mask1, mask2) if m == "renorm_before_drop" else (kept1, kept2)
+        w1, w2 = ((p * mask).sum(-1, keepdim=True) for mask in both)
+        total = (w1 + w2).clamp(min=1e-6)
+        gate1, gate2 = self.weighed(w1 / total, ids1.unsqueeze(-1)), w2 / total
+        gates = (gate1 * kept1).unsqueeze(-1) * self.place(self.at(at1, kept1).sum(-1)).unsqueeze(1)
+        kept2 = kept2 if m != "second_by_first" else kept1
+        gates = gates + (gate2 * kept2).unsqueeze(-1) * self.place(self.at(at2, kept2).sum(-1)).unsqueeze(1)
+        return self.experts(gates, x).view_as(hidden)
+
+    def before(self, mask1: Tensor, mask2: Tensor, at1: Tensor) -> Tensor:
+        """How many rows of each expert's buffer are the first choices'."""
+        changed = {
+            "counted_separately": mask1 * 0,
+            "behind_second": mask2,
+            "behind_kept": mask1 * (at1 < C),
+            "behind_fewer": mask1 * (at1 < C - 2),
+        }
+        count = changed.get(self.mutation or "", mask1).sum(0, keepdim=True)
+        return count + {"behind_one_less": -1, "behind_two_more": 2}.get(self.mutation or "", 0)
+
+
+class CapacityFirstRows(CapacityTop1):
+    """Each expert takes the first C tokens that chose it among their K: a running count of one column's mask, no buffers."""
+
+    own = (
+        "counts_exclusive", "counts_next_token", "counts_backwards", "counts_in_uint8", "keeps_one_more", "keeps_one_less",
+        "keeps_all", "keeps_the_dropped", "drops_by_next_token", "counts_other_expert", "counts_every_token", "limit_of_each",
+    )  # fmt: skip
+    without = Buffers.without
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, m = hidden.view(-1, H), self.mutation
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            mask = (ids == e).any(-1)
+            counted = (ids == (e + 1) % E).any(-1) if m == "counts_other_expert" else mask
+            counted = torch.ones_like(mask) if m == "counts_every_token" else counted
+            position = self.positions(counted.long())
+            here = self.kept(position + (e != 1) * (m == "limit_of_each"), mask.long()).bool()
+            rows = torch.where(here)[0]
+            gate = (w * (ids == e)).sum(-1, keepdim=True)
+            out.index_add_(0, rows, self.expert(self.read(x)[rows], e) * gate[rows])
+        return out.view_as(hidden)
+
+
+__all__ = ["CapacityChoices", "CapacityFirstRows", "CapacityMasks", "CapacitySlots", "CapacityTop1", "CapacityTopK"]

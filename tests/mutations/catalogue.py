@@ -29,6 +29,8 @@ FAMILIES: dict[str, type[Family]] = {
     "capacity_slots": capacity.CapacitySlots,
     "capacity_top_1": capacity.CapacityTop1,
     "capacity_masks": capacity.CapacityMasks,
+    "capacity_choices": capacity.CapacityChoices,
+    "capacity_rows": capacity.CapacityFirstRows,
     "slot_scatter": loops.SlotScatter,
     "identities": loops.Identities,
     "hit_list": probed.HitList,
@@ -45,6 +47,8 @@ ALSO_SAME = {
     ("slot_scatter", "buffer_ones"),
     ("capacity_top_k", "positions_unmasked"),
     *((f"capacity_{each}", same) for each in ("top_k", "slots", "top_1") for same in capacity.SAME),
+    *(("capacity_choices", same) for same in capacity.CapacityChoices.same),
+    *(("capacity_rows", same) for same in ("counts_exclusive", "counts_in_uint8")),
 }
 
 ROUTINGS = ("random", "two_experts", "empty_expert")

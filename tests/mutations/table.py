@@ -1,7 +1,8 @@
 """Every mutant, compiled and judged: python tests/mutations/table.py [--family NAME] [--mutation NAME]
 
 Prints one row a mutation and one column a style (R rewritten as itself, - refused, W wrong, C crash, blank
-does not apply), then the counts and what went wrong.  Exit status 1 if anything did.
+does not apply), then the counts and what went wrong.  --write docs/reliability.md also writes that page's section.
+Exit status 1 if anything went wrong.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reliability import markdown, write_section
 
 from mutations.catalogue import FAMILIES, mutants
 from mutations.judge import Verdict, judge
@@ -54,6 +57,20 @@ def summary(found: list[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def section(found: list[Verdict]) -> str:
+    """The page's section: a row for each style."""
+    changed = [v for v in found if v.mutation is not None]
+    styles = {f: [v for v in changed if v.family == f] for f in FAMILIES}
+    rows = [_row(f, mutants) for f, mutants in styles.items() if mutants]
+    head = ("style", "mutants", "rewritten", "refused", "wrong", "crashed")
+    return "Written by `python tests/mutations/table.py --write docs/reliability.md`.\n\n" + markdown(head, [*rows, _row("all", changed)])
+
+
+def _row(name: str, found: list[Verdict]) -> tuple[str, ...]:
+    counts = Counter(v.status for v in found)
+    return (name, str(len(found)), *(str(counts[s]) for s in LETTER))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
@@ -62,12 +79,17 @@ def main() -> int:
     parser.add_argument("--reasons", action="store_true", help="also print why each refused mutant was refused")
     parser.add_argument("--second-layer", action="store_true", help="each mutant as the layer after its original")
     parser.add_argument("--dynamic", action="store_true", help="compile with dynamic=True")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="also write the section of this page; for all styles and mutations")
     args = parser.parse_args()
+    if args.write and (args.family or args.mutation):
+        parser.error("--write is for all styles and mutations: leave out --family and --mutation")
     settings = {"validate": args.validate, "second_layer": args.second_layer, "dynamic": args.dynamic or None}
     found = verdicts(args.family or list(FAMILIES), args.mutation, **settings)
     print(table(found), summary(found), sep="\n\n")
     if args.reasons:
         print("\n".join(f"{v.name}: {v.reason}" for v in found if v.status == "refused"))
+    if args.write:
+        write_section(args.write, "mutations", section(found))
     return int(any(v.status in ("WRONG", "CRASH") for v in found))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ..algebra import add, compare, divide, eq, mul, negate, sub, unary, where
-from ..expr import ZERO, Expr, Refused, const, is_const, loads, raw
+from ..algebra import add, compare, divide, eq, mul, negate, sub, unary, where, zero_or_one
+from ..expr import ZERO, Expr, Refused, Var, const, is_const, loads, raw
 from ..index import bounds, idiv, is_bool, is_int, mod
 from ..value import Value, broadcast
 from ._base import RULES, rule
@@ -38,18 +38,38 @@ def _simple(name: str):
 
 
 _BINARY = {
-    "add.Tensor": add, "add.Scalar": add, "sub.Tensor": sub, "sub.Scalar": sub, "mul.Tensor": mul, "mul.Scalar": mul,
-    "eq.Scalar": eq, "eq.Tensor": eq, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where, "where.Scalar": where,
+    "add.Scalar": add, "sub.Tensor": sub, "sub.Scalar": sub, "mul.Tensor": mul, "mul.Scalar": mul,
+    "eq.Scalar": eq, "where.self": where, "where.ScalarOther": where, "where.ScalarSelf": where, "where.Scalar": where,
     "maximum.default": _simple("maximum"), "minimum.default": _simple("minimum"),
 }  # fmt: skip
 for _n, _f in _BINARY.items():
     RULES[_n] = _pointwise(_f)
+added, _equal = _pointwise(add), _pointwise(eq)
 for _op in ("lt", "le", "gt", "ge", "ne"):
     for _kind in ("Scalar", "Tensor"):
         RULES[f"{_op}.{_kind}"] = _pointwise((lambda op: lambda a, b: compare(op, a, b))(_op))
 for _n in ("silu", "sigmoid", "relu", "tanh", "neg", "exp", "rsqrt", "sqrt", "erf", "abs", "log", "hardswish", "hardsigmoid", "mish",
            "sin", "cos", "log1p", "expm1", "reciprocal"):  # fmt: skip
     RULES[_n + ".default"] = _pointwise((lambda n: lambda a: unary(n, a))(_n))
+
+
+@rule("eq.Tensor")
+def _eq(it, node, a, b, **kw):
+    """one_hot of a mask of choices: its 0 and 1 are ids of the first two experts."""
+    if isinstance(a, Value) and isinstance(b, Value) and isinstance(b.expr, Var) and (ids := _mask_as_ids(it, node.args[0], a)) is not None:
+        a = ids
+    return _equal(it, node, a, b, **kw)
+
+
+def _mask_as_ids(it, node, x: Value) -> Value | None:
+    if not isinstance(node, torch.fx.Node) or str(node.target) != "aten.unsqueeze.default" or not zero_or_one(x.expr) or is_const(x.expr):
+        return None
+    mask, last = node.args[0], len(x.dims) - 1
+    if mask.meta["val"].dtype != torch.int64 or node.args[1] not in (-1, last):
+        return None
+    it.facts[mask] = ((0, 2), False)
+    ids = it.leaf(mask)
+    return Value((*ids.dims, ()), ids.expr)
 
 
 @rule("pow.Tensor_Scalar")

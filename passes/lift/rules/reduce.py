@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..algebra import add, compare, distinct_slots, mul, orders_of, refresh, same_rows, subst, sum_, zero_or_one
-from ..expr import ONE, ZERO, Expr, Order, Rank, Refused, Var, const, is_const, make_order, raw
+from ..algebra import add, compare, distinct_slots, eq, mul, orders_of, refresh, same_rows, subst, sum_, zero_or_one
+from ..expr import ONE, ZERO, Expr, Order, Rank, Refused, Total, Var, const, factors, is_const, loads, make_order, raw, terms
 from ..index import below, bounds, count, inside, inv, is_bool, is_int, mix, perm
-from ..sizes import prod
+from ..sizes import Size, prod
 from ..value import Value, broadcast, common
 from ._base import dim_of, fixed, out_shape, rule
 from .segments import key_at
@@ -130,17 +130,64 @@ def _cumsum(it, node, x: Value, d, **k):
 
 def _running_count(it, node, x: Value, d: int) -> Value:
     """Positions of tokens among those of a mask: a tensor of the model's own, of which is known what it counts."""
-    from .pointwise import largest_exact
-
-    n, dtype = x.extent(d), node.meta["val"].dtype
-    limit = largest_exact(dtype)
-    if n is None or (n > limit if isinstance(n, int) else limit < 2**24):
-        raise Refused(f"a running count of {n} rows in {str(dtype).removeprefix('torch.')}, which may not hold it")
+    n = x.extent(d)
+    if not _holds_count(node, n):
+        raise Refused(f"a running count of {n} rows in {str(node.meta['val'].dtype).removeprefix('torch.')}, which may not hold it")
     counts, mask = it.leaf(node), x.renamed()
     leaf = counts.expr.args[0]
     leaf.integer, leaf.rank = True, Rank(mask.dims, mask.expr, d)
     leaf.limits = (0, n + 1) if isinstance(n, int) else None
     return counts
+
+
+def _holds_count(node, n: Size) -> bool:
+    """Is a count of n places at most exact in the node's dtype?"""
+    from .pointwise import largest_exact
+
+    limit = largest_exact(node.meta["val"].dtype)
+    return n is not None and (n <= limit if isinstance(n, int) else limit >= 2**24)
+
+
+@rule("add.Tensor")
+def _add(it, node, a, b, **kw):
+    """A count in all that is added to a running count stays a tensor, too: second choices stand behind all first ones."""
+    from .pointwise import added
+
+    if _reads_count(a):
+        b = _in_all(it, node.args[1], b)
+    elif _reads_count(b):
+        a = _in_all(it, node.args[0], a)
+    return added(it, node, a, b, **kw)
+
+
+def _reads_count(x) -> bool:
+    return isinstance(x, Value) and any(y.args[0].rank is not None for t in terms(x.expr) for f in factors(t) for y in loads(f))
+
+
+def _in_all(it, node, x) -> Value:
+    """x as it is, or a closed tensor of which is known what it counts."""
+    if not isinstance(x, Value) or (parts := _counted_in_all(x.expr)) is None or not _holds_count(node, prod(v.size for v in parts[0])):
+        return x
+    x = x.renamed()
+    over, mask = _counted_in_all(x.expr)  # type: ignore[misc]
+    out = it.leaf(node)
+    leaf, n = out.expr.args[0], prod(v.size for v in over)
+    leaf.integer, leaf.total = True, Total(x.dims, over, mask)
+    leaf.limits = (0, n + 1) if isinstance(n, int) else None
+    return out
+
+
+def _counted_in_all(e: Expr) -> tuple[list[Var], Expr] | None:
+    """(places, what must hold there) of a sum of tests."""
+    if e.op == "count":
+        order, at = e.args
+        new = {v: v.fresh() for v in order.vars}
+        return list(new.values()), eq(subst(order.expr, new), at)
+    over = []
+    while e.op == "sum":
+        v, e = refresh(e)
+        over.append(v)
+    return (over, e) if over and is_bool(e) else None
 
 
 @rule("searchsorted.Tensor")
