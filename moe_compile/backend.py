@@ -160,8 +160,11 @@ class _Snapshot:
 
     def restore(self) -> None:
         self._root.meta.pop(META, None)
+        from moe_compile.passes.run import without_blocks
+
         for module, graph in self._graphs:
             module.graph = graph
+            without_blocks(module)
             module.recompile()
 
 

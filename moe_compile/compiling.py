@@ -38,7 +38,8 @@ def compile(
     report: filled with what becomes of each graph, as it is compiled.
     probe: blocks that Dynamo cannot capture (`for e in hit.nonzero()`, `if n == 0: continue`, counts through numpy) are recorded,
         checked and captured from the recording. Before the first call a copy of the model, which shares its parameters, is called
-        once to find them. By default (None) for modules that are not split over ranks. `moe_compile.restore` undoes it.
+        once to find them. So are blocks with long loops whose class comes again and again: Dynamo then traces one call for each layer,
+        and the block is rewritten once. By default (None) for modules that are not split over ranks. `moe_compile.restore` undoes it.
     torch_compile_kwargs: torch.compile's fullgraph, dynamic, mode, options, disable and the like; `options` also takes
         this function's keywords (where one is given here with another value than its default, it wins).
 

@@ -95,9 +95,17 @@ class Emitter:
             return self.call(torch.sum, self.matrix(a[1], (a[0],)), 1, True)
         if e.op == "softmax" and tuple(columns) == (a[2],):
             return self.call(torch.softmax, self.matrix(a[1], (a[0],)), 1)
+        if e.op == "sel" and columns == (a[0],):
+            return self.call(torch.cat, [self._column(x) for x in a[1:]], 1)
         if e.op == "sel":
             raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {show(e)[:80]}")
         return self.pointwise(e, [self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+
+    def _column(self, e: Expr) -> Node:
+        """e over the rows, as one column of full height."""
+        if not set(self.rows) <= e.free:
+            raise Refused(f"no graph code for {show(e)[:80]} beside other choices")
+        return self.matrix(e, ())
 
     def pointwise(self, e: Expr, args: Sequence[Any]) -> Node:
         """The function of a pointwise expression on nodes and numbers."""
@@ -115,14 +123,12 @@ class Emitter:
         nodes = [p for p in parts if isinstance(p, Node)] + [p for p in parts if not isinstance(p, Node)]
         out = nodes[0]
         for p in nodes[1:]:
-            out = self.call(f, out, p)
+            out = self.call(f, out, p) if isinstance(out, Node) else f(out, p)
         return out
 
     # ------------------------------------------------------------ elements of a tensor
     def _load(self, e: Expr, columns: tuple[Var, ...]) -> Node:
-        leaf, idx = e.args[0], list(e.args[1:])
-        n = holder(self.region, leaf.nodes[0])
-        node, sizes = self.existing(n), list(leaf.shape)
+        node, idx, sizes = self._tensor(e)
         for i in reversed(range(len(idx))):
             if is_const(idx[i]):
                 node = self.method("select", node, i, idx[i].args[0])
@@ -133,12 +139,31 @@ class Emitter:
             return self._gather(node, idx, sizes, columns)
         return self._arranged(node, idx, sizes, columns, e)
 
+    def _tensor(self, e: Expr) -> tuple[Node, list[Expr], list[Size]]:
+        """The tensor that a load reads, its indices and extents; one tensor an expert stands side by side, the expert last."""
+        leaf, idx, sizes = e.args[0], list(e.args[1:]), list(e.args[0].shape)
+        nodes = [self.existing(holder(self.region, n)) for n in leaf.nodes]
+        if len(nodes) == 1:
+            return nodes[0], idx, sizes
+        return self.call(torch.stack, nodes, -1), [*idx[1:], idx[0]], [*sizes[1:], sizes[0]]
+
     def _gather(self, node: Node, idx: list[Expr], sizes: list[Size], columns: tuple[Var, ...]) -> Node:
-        if (places := _flat(idx[:-1], sizes[:-1])) != list(self.rows):
+        places = _flat(idx[:-1], sizes[:-1])
+        if 0 < len(places) < len(self.rows) and places == list(self.rows[: len(places)]):
+            return self._gather_outer(node, idx[-1], sizes[-1], columns, len(places))
+        if places != list(self.rows):
             return self._gather_slots(node, places, idx[-1], sizes[-1], columns)
         if len(sizes) != 2:
             node = self.method("reshape", node, -1, sizes[-1])
         return self.call(torch.gather, node, 1, self.matrix(idx[-1], columns))
+
+    def _gather_outer(self, node: Node, at: Expr, n: Size, columns: tuple[Var, ...], outer: int) -> Node:
+        """One element for each place of a tensor [outer rows, n], the same for all inner rows (a count for each sequence, say)."""
+        within = [size_argument(self, v.size, v.size) for v in self.rows[outer:]]
+        width = self._fold(operator.mul, [*within, 1 if not at.free & set(columns) else prod(v.size for v in columns)])
+        flat = self.method("reshape", node, -1, n)
+        places = self.method("reshape", self.matrix(at, columns), self.method("size", flat, 0), width)
+        return self.method("reshape", self.call(torch.gather, flat, 1, places), -1, prod(v.size for v in columns))
 
     def _gather_slots(self, node: Node, places: list[Expr], at: Expr, n: Size, columns: tuple[Var, ...]) -> Node:
         """One element for each place (row, column) of a tensor [places, n], whose places may lie in another order, slot by slot say."""

@@ -51,6 +51,12 @@ class MoERegion:
         """What holds scales of quantised weights: dequantisation gives them no gradient (emission refuses where one is wanted)."""
         return self._holding(s.param.leaf for p in self.formula.weights if p.format for s in p.format.scales)
 
+    def chosen_beside(self, decisions: dict[Node, Decision]) -> list[Node]:
+        """The ids of other decisions that the experts are selected by."""
+        atens = {a for x in loads(self.formula.ids) for a in x.args[0].nodes}
+        mine = (n for n in [*self.inputs, *self.code] if n in decisions and n is not self.decision.ids)
+        return [n for n in mine if self.trace.at_def.get(n) in atens]
+
     @property
     def exponents(self) -> set[Node]:
         """What holds scales as exponents. Where weights are not looked into, any byte may be one."""
@@ -103,6 +109,8 @@ class _Search:
         if self.interp is None:
             self._start(trace)
         assert self.interp is not None
+        if n in self.others and isinstance(trace.at_def[n], Node):
+            self.interp.facts[trace.at_def[n]] = self.others[n].facts  # a second choice that masks the first one out
         self.patience -= self.best is not None
         if self.patience < 0:
             return True

@@ -43,10 +43,10 @@ class Recorded:
     def _same_aliases(self, table: dict[Node, Node]) -> bool:
         """Do the same inputs share memory?  What is written through one name may be read through another."""
         old = [n for n in self.region.inputs if tensor_of(n) is not None and n in table]
-        return _groups(old) == _groups([table[n] for n in old])
+        return groups(old) == groups([table[n] for n in old])
 
 
-def _groups(nodes: list[Node]) -> list[int]:
+def groups(nodes: list[Node]) -> list[int]:
     """For each node the position of the first one whose tensor has the same memory."""
     first: dict[int, int] = {}
     memory = (t.untyped_storage()._cdata for n in nodes if (t := tensor_of(n)) is not None)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from moe_compile.ops import route
+
 from .decisions import callee, tensor_of
 from .lift import Refused
 from .lift.sizes import shape_of
@@ -40,12 +42,13 @@ log = logging.getLogger("moe_compile")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a router: its text, and the nodes removed and added (0, 0: it stays)."""
+    """What became of a router: its text, the nodes removed and added (0, 0: it stays), and the provider of `route`."""
 
     text: str
     removed: int = 0
     added: int = 0
     check: str | None = None
+    provider: str = ""
 
 
 class Routings:
@@ -131,6 +134,7 @@ class Routings:
         if place is not here[plan.source]:
             _move(added, place)
         self.texts.update((n, outcome.text) for n in added)
+        outcome = replace(outcome, provider=provider_of(next(n for n in added if n.target is route.OP.overload)))
         return outcome if window is first else replace(outcome, check=None)
 
     def _place(self, plan: Plan, here: dict[Node, Node]) -> Node | None:
@@ -153,6 +157,13 @@ class _Readers:
     dispatch: Node
     ids: Node
     weights: Node | None
+
+
+def provider_of(n: Node) -> str:
+    """Who computes a node of `route`."""
+    logits, bias = (None if a is None else tensor_of(a) for a in n.args[:2])
+    by_kernel = logits is not None and logits.device.type == "cuda" and route.unfit(logits, bias, route.Routing(*n.args[2:])) is None
+    return (route.TRITON if by_kernel else route.PROVIDER).name
 
 
 def _readers(added: list[Node]) -> _Readers:

@@ -9,6 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from moe_compile.ops import route
+
 from .decisions import tensor_of
 from .router import Traced
 from .validate import STRICT, Mismatch, _concrete, _double, _hint, _upcast
@@ -60,8 +62,9 @@ def _forward(gm: GraphModule, args: list[Any]) -> list[torch.Tensor]:
 
 
 def _run(gm: GraphModule, args: list[Any]) -> list[torch.Tensor]:
+    """Outputs with torch's functions in `route`: what is compared is its meaning, to the bit."""
     devices = {a.device.index for a in args if isinstance(a, torch.Tensor) and a.device.type == "cuda"}
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), route.by_torch():
         torch.manual_seed(7)
         return [t for t in tree_leaves(gm(*args)) if isinstance(t, torch.Tensor)]
 

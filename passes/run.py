@@ -17,6 +17,7 @@ import moe_compile.ops  # noqa: F401  (registers the stage ops)
 from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
+from . import blocks
 from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
 from .liveness import Remap
@@ -31,7 +32,7 @@ from .shard import Spread, check_all_gone, hoist_marks, spread_of
 from .size_range import keep_to_sizes
 from .standalone import extract
 from .validate import Mismatch, validate
-from .window import ambients, is_size
+from .window import Ambient, ambients, is_size
 
 log = logging.getLogger("moe_compile")
 
@@ -61,11 +62,14 @@ def run(gm: GraphModule, options: Options, inputs: Sequence[Any] = ()) -> GraphR
     training = torch.is_grad_enabled() and _any_grad(gm)
     options = _with_fp8_rows(options, training)
     with fresh_table():
+        recorded = _Recorded(options, training, clock)
         for part in _parts(gm):
+            recorded.rewrite(part)
             hoist_marks(part)
             work = _Part(part, options, training, clock, inputs)
             report.regions += work.run()
             report.notes += work.notes
+            report.regions[:0] = recorded.put(part)
     for part in _parts(gm):
         check_all_gone(part, [region.reason or "" for region in report.regions], options.parallel)
     gm.recompile()
@@ -95,6 +99,72 @@ def _any_grad(gm: GraphModule) -> bool:
     return any(t is not None and t.requires_grad for t in found)
 
 
+def without_blocks(gm: GraphModule) -> None:
+    """Recorded blocks are spelled out: nothing is rewritten."""
+    if found := blocks.calls(gm.graph):
+        blocks.spell_out(gm, found, ambients(gm.graph, torch.is_grad_enabled()))
+
+
+class _Recorded:
+    """Recorded blocks (blocks.py): each kind is rewritten once, apart from the graph, and put in place of all calls like it."""
+
+    def __init__(self, options: Options, training: bool, clock: _Clock) -> None:
+        self.options, self.training, self.clock = options, training, clock
+        self.kinds: list[_Kind] = []
+
+    def rewrite(self, gm: GraphModule) -> None:
+        """Calls in which something is refused are spelled out in the graph."""
+        found = blocks.calls(gm.graph)
+        ambient = ambients(gm.graph, torch.is_grad_enabled()) if found else {}
+        for n in found:
+            if not blocks.in_the_open(n, ambient) or not self._kind(gm, n, ambient[n]).entries:
+                with self.clock("spell out"):
+                    blocks.spell_out(gm, [n], ambient)
+
+    def _kind(self, gm: GraphModule, n: Node, ambient: Ambient) -> _Kind:
+        call = blocks.Call.of(n)
+        kind = next((k for k in self.kinds if k.call.like(call)), None)
+        if kind is None:
+            with self.clock("spell out"):
+                part = blocks.spelled(gm, n, ambient)
+            entries = _Part(part, self.options, self.training, self.clock).run()
+            kind = _Kind(call, part, entries if all(entry.rewritten for entry in entries) else [])
+            self.kinds.append(kind)
+        return kind
+
+    def put(self, gm: GraphModule) -> list[RegionReport]:
+        """What was rewritten, in place of the calls; what is to be told of it."""
+        entries = []
+        with self.clock("rewrite"):
+            for n in blocks.calls(gm.graph):
+                call = blocks.Call.of(n)
+                kind = next(k for k in self.kinds if k.call.like(call))
+                entries += kind.tell(_module(n))
+                blocks.put(gm, n, kind.part)
+            if entries:
+                gm.graph.lint()
+                gm.recompile()
+        return entries
+
+
+@dataclass
+class _Kind:
+    """Calls of a recorded block that are alike: the first of them, what stands for it now, and what is told of its regions, if any."""
+
+    call: blocks.Call
+    part: GraphModule
+    entries: list[RegionReport]
+    module: str | None = None  # of the first, once it has been told
+
+    def tell(self, module: str | None) -> list[RegionReport]:
+        told = [dataclasses.replace(entry, module=module) for entry in self.entries]
+        if self.module is not None:
+            for entry in told:
+                entry.seconds, entry.validation = 0.0, f"the same code as {self.module}" if entry.validation else None
+        self.module = self.module or module or told[0].where
+        return told
+
+
 class _Part:
     """One graph: its decisions, the state in force at each, and the regions lifted so far."""
 
@@ -105,17 +175,22 @@ class _Part:
             self.table = {d.ids: d for d in self.decisions if not written(d, gm.graph)}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
+        self.taken: set[Node] = set()  # ids of decisions that a rewritten block takes beside its own
         self.notes: list[str] = []
         self.spliced: list[Block] = []
 
     def run(self) -> list[RegionReport]:
         entries = []
+        fed: Decision | None = None  # a refused decision that is a step of the next one
         for i, d in enumerate(self.decisions):
+            if d.ids in self.taken:
+                continue
             nxt = self.decisions[i + 1] if i + 1 < len(self.decisions) else None
             start = time.perf_counter()
-            entry = self._one(d, window_end(d, self.decisions[i + 1 :]))
+            entry = self._both(fed, d, self.decisions[i + 1 :])
             entry.seconds = time.perf_counter() - start
-            if entry.rewritten or not ((nxt is not None and feeds(d, nxt)) or self._other(d, entry)):
+            fed = d if not entry.rewritten and nxt is not None and feeds(d, nxt) else None
+            if entry.rewritten or not (fed is not None or self._other(d, entry)):
                 entries.append(entry)
         if self.spliced:
             self._route()
@@ -128,6 +203,15 @@ class _Part:
             self.gm.graph.lint()
             self.gm.recompile()
         return entries
+
+    def _both(self, before: Decision | None, d: Decision, later: list[Decision]) -> RegionReport:
+        """What follows d; or what follows the choice before it, where two choices one after the other share the experts' buffers."""
+        until = window_end(d, later)
+        entry = self._one(d, until)
+        if entry.rewritten or before is None or before.ids not in self.table or d.ids not in self.table:
+            return entry
+        both = self._one(before, until)
+        return both if both.rewritten or both.formula or NO_EXPERTS in (entry.reason or "") else entry
 
     def _facts(self, d: Decision) -> dict[Node, Decision]:
         """What is known of the ids that d's window reads: d's own, and those of other decisions that nothing writes to."""
@@ -199,6 +283,7 @@ class _Part:
     def _splice(self, entry: RegionReport, lifted: _Lifted, at: Remap) -> None:
         with self.clock("rewrite"):
             done = splice(self.gm.graph, lifted.recorded.region, lifted.choice.providers, at, lifted.spread)
+        self.taken.update(at(n) for n in lifted.recorded.region.chosen_beside(self.table))
         entry.rewritten, entry.nodes_before, entry.nodes_after = True, done.removed, len(done.added)
         self.spliced.append(Block(entry, done.added, lifted.choice))
 
@@ -211,7 +296,7 @@ class _Part:
                 entry.router = done.text
                 if done.added:
                     entry.nodes_before, entry.nodes_after = entry.nodes_before + done.removed, entry.nodes_after + done.added
-                    entry.providers = {"route": "torch", **entry.providers}
+                    entry.providers = {"route": done.provider, **entry.providers}
                     entry.validation = "; ".join(filter(None, (entry.validation, done.check)))
 
 

@@ -233,7 +233,7 @@ def _run(gm: GraphModule, args: list, training: bool, mode: Any, frozen: set[int
     """Output, and in training the gradients of all inputs but the frozen ones, by name."""
     floats = {i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point and i not in frozen}
     own = [a.detach().requires_grad_(training and i in floats) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)]
-    with autocast_restored(), torch.set_grad_enabled(training), mode():
+    with autocast_restored(), torch.set_grad_enabled(training), mode(), _drawn_alike():
         # in-place ops may not hit a leaf, nor what the next run reads; nobody writes into something as large as the experts' weights
         given = [a.clone() if isinstance(a, torch.Tensor) and a.numel() <= CHEAP else a for a in own]
         out = gm(*given)
@@ -245,6 +245,17 @@ def _run(gm: GraphModule, args: list, training: bool, mode: Any, frozen: set[int
             for i, grad, leaf in zip(sorted(floats), grads, leaves):
                 found[f"gradient of {names[i]}"] = torch.zeros_like(leaf) if grad is None else grad
     return found
+
+
+@contextlib.contextmanager
+def _drawn_alike() -> Iterator[None]:
+    """Within, random numbers are the same for both sides; those of the user's program go on as if nothing had been drawn."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(0x5EED)
+        for i in devices:
+            torch.cuda.default_generators[i].manual_seed(0x5EED)
+        yield
 
 
 def _cotangent(out: torch.Tensor) -> torch.Tensor:

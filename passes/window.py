@@ -147,11 +147,11 @@ class Trace:
     # ------------------------------------------------------------ running
     def run(self, visit: Callable[[Trace, Node], bool]) -> None:
         """Trace; stops when `visit` returns True.  Raises what an op of the window raises on fake tensors."""
-        mode = _fake_mode(self.inputs + self.nodes)
+        mode = fake_mode_of(self.inputs + self.nodes)
         env = mode.shape_env
         values = [_fixed_float(symbolic(n)) for n in self.inputs]
         self.floats = {n: v for n in self.nodes if isinstance(v := _fixed_float(symbolic(n)), float)}
-        with mode, quiet(env):
+        with mode, quiet(env), uncached(mode, self.nodes):
             leaves = [_leaf(v, mode) for v in values]
             flat, spec = tree_flatten(leaves)
 
@@ -247,12 +247,26 @@ class Trace:
             self.created[n] = made
 
 
-def _fake_mode(nodes: Iterable[Node]) -> FakeTensorMode:
+def fake_mode_of(nodes: Iterable[Node]) -> FakeTensorMode:
     for n in nodes:
         for v in tree_leaves(symbolic(n)):
             if isinstance(v, torch._subclasses.FakeTensor):
                 return v.fake_mode
     raise ValueError("the graph's nodes carry no fake tensors; it does not come from Dynamo")
+
+
+@contextlib.contextmanager
+def uncached(mode: FakeTensorMode, nodes: Iterable[Node]) -> Iterator[None]:
+    """Without fake tensors' cache where sizes are what the data tells: each is another one, and filling it takes as long as the calls."""
+    before, found = mode.cache_enabled, any(callee(n) in _ROWS and (callee(n) != "where" or len(n.args) == 1) for n in nodes)
+    mode.cache_enabled = before and not found
+    try:
+        yield
+    finally:
+        mode.cache_enabled = before
+
+
+_ROWS = {"nonzero", "where", "argwhere", "unique", "masked_select", "item"}
 
 
 def quiet(env: Any) -> contextlib.ExitStack:

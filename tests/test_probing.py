@@ -10,13 +10,14 @@ import pytest
 import torch
 from corpus import styles
 from corpus.harness import error, observe, worst
-from probed_blocks import REWRITTEN, TRAPS, H, Model, build
+from probed_blocks import REWRITTEN, TRAPS, E, H, K, Model, build
 from torch import nn
 
 import moe_compile
 from moe_compile.probing.errors import NotProbed
 from moe_compile.probing.install import marked, programs
 from moe_compile.probing.probe import program_for
+from moe_compile.probing.ranges import Ranges
 
 
 def compiled(module: nn.Module, x: torch.Tensor) -> tuple[nn.Module, moe_compile.RewriteReport]:
@@ -199,6 +200,54 @@ def test_what_the_code_reads_may_change_later(monkeypatch):
     assert_same(fast, module, tokens(9, seed=3), grad=False)
     module.experts[1] = nn.Identity()
     assert_same(fast, module, tokens(9, seed=3), grad=False)
+
+
+def outer():
+    """A class of blocks whose code reads variables of this function, and how to change them."""
+    factor, ends = 2.0, (1.0, 0.5)
+
+    def weigh(y):
+        return y * ends[0] + ends[1]
+
+    class Block(probed_blocks.HitLoop):
+        def forward(self, x):
+            return weigh(super().forward(x) * factor)
+
+    def change(*values):
+        nonlocal factor, ends
+        factor, ends = values
+
+    return Block, change
+
+
+def test_what_the_code_reads_of_outer_functions_may_change_later():
+    cls, change = outer()
+    torch.manual_seed(0)
+    module = cls().eval()
+    fast, report = compiled(module, tokens(6))
+    assert report.rewritten
+    for values in ((3.0, (1.0, 0.5)), (3.0, (-1.0, 0.25)), (2.0, (1.0, 0.5))):
+        change(*values)
+        assert_same(fast, module, tokens(6, 1))
+
+
+def test_ids_are_known_to_be_below_the_number_of_experts():
+    """Parts and arrangements of chosen ids are; what is written into is not any more, nor what shares its memory."""
+    ranges, scores = Ranges(), torch.rand(5, E)
+    top = scores.topk(K)
+    ranges.note("topk", (scores, K), {}, top)
+    ids, other = top.indices, top.indices.clone()
+    ranges.note("clone", (ids,), {}, other)
+    part, both = ids[:, :1], torch.stack([ids, other])
+    ranges.note("__getitem__", (ids, (slice(None), slice(1))), {}, part)
+    ranges.note("stack", ([ids, other],), {}, both)
+    assert [ranges.below(t) for t in (ids, other, part, both)] == [E, E, E, E]
+    joined = torch.stack([ids, torch.full_like(ids, 99)])
+    ranges.note("stack", ([ids, joined[1]],), {}, joined)
+    assert ranges.below(joined) is None
+    part += 1
+    ranges.note("__iadd__", (part, 1), {}, part)
+    assert [ranges.below(t) for t in (ids, other, part, both)] == [None, E, None, E]
 
 
 def test_arguments_outputs_and_keywords():

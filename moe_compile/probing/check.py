@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.outside import outside_put_back
 from moe_compile.probing.program import Program
 from moe_compile.probing.recording import Recording
 from moe_compile.probing.state import put_back
@@ -97,7 +98,7 @@ def _compare(module: nn.Module, forward: Any, program: Program, args: tuple, kwa
     if got.keys() != want.keys():
         raise NotProbed(f"the program gives {sorted(got)} where the module gives {sorted(want)}")
     for name, w in want.items():
-        if (off := _difference(got[name], w)) > (CLOSE if _exact(w) else CLOSE_HALF):
+        if (off := _difference(got[name], w, 1e-30 if name.startswith("output") else 1e-6)) > (CLOSE if _exact(w) else CLOSE_HALF):
             raise NotProbed(f"for some routing, {name} of the program is off by {off:.1e}: what is skipped for no rows matters")
 
 
@@ -135,7 +136,8 @@ def _gradients(module: nn.Module, leaves: list[Any], seen: dict[str, Any]) -> di
     return {f"gradient of {n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(wanted.items(), grads)}
 
 
-def _difference(got: Any, want: Any) -> float:
+def _difference(got: Any, want: Any, least: float) -> float:
+    """Relative to the largest value; least: the smallest that counts as one (a gradient may be all rounding, an output may be small)."""
     if not isinstance(want, torch.Tensor):
         return 0.0 if got is want or got == want else float("inf")
     if not isinstance(got, torch.Tensor) or got.shape != want.shape or got.dtype != want.dtype:
@@ -148,7 +150,7 @@ def _difference(got: Any, want: Any) -> float:
     if not torch.equal(got.isnan(), want.isnan()) or not torch.equal(got.isinf(), want.isinf()):
         return float("inf")
     got, want = got.nan_to_num(posinf=0, neginf=0), want.nan_to_num(posinf=0, neginf=0)
-    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
+    return float((got - want).abs().max() / want.abs().max().clamp(min=least))
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def _untouched(module: nn.Module) -> Iterator[None]:
     """Random states, attributes and buffers are afterwards what they were."""
     devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
     python = random.getstate()
-    with torch.random.fork_rng([d for d in devices if d is not None]), put_back(module):
+    with torch.random.fork_rng([d for d in devices if d is not None]), put_back(module), outside_put_back(module):
         try:
             yield
         finally:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_compile.probing.calls import writes
+
 Values = Callable[[Node], Any]
 
 ARRANGED = frozenset({
@@ -33,7 +35,6 @@ _SCATTERED = frozenset({"scatter", "scatter_", "scatter_add", "scatter_add_"})
 _ZERO = {"eq": False, "__eq__": False, "ne": True, "__ne__": True, "gt": True, "__gt__": True, "greater": True, "not_equal": True}
 _ONE = {"ge": True, "__ge__": True, "lt": False, "__lt__": False, "greater_equal": True, "less": False}
 _EQUAL = {"eq", "__eq__"}
-_IN_PLACE = {"iadd", "isub", "imul", "iand", "ior", "ixor", "itruediv", "__iadd__", "__isub__", "__imul__", "__iand__", "__ior__"}
 _NOT = {"logical_not", "logical_not_", "__invert__", "bitwise_not", "invert"}
 
 
@@ -79,7 +80,7 @@ def _writers(n: Node) -> Iterator[Node]:
         name = name_of(u)
         if not u.args or u.args[0] is not n:
             continue
-        if name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+        if writes(name):
             yield u
         elif name in ARRANGED and name not in ("clone", "tolist", "item"):
             yield from _writers(u)

@@ -72,7 +72,7 @@ def install(cls: Any, program: Program) -> None:
     if region_of(cls.forward) and "forward" not in vars(cls):
         raise NotProbed("its class inherits a forward that moe_compile.moe has put there")
     original = own_forward(cls)
-    _PROGRAMS[cls] = (*programs(cls), program)
+    _PROGRAMS[cls] = (*programs(cls), program) if program.whole is None else (program, *programs(cls))
     _put(cls, _forward(cls, original, _PROGRAMS[cls]))
 
 
@@ -83,10 +83,11 @@ def _put(cls: Any, forward: Callable[..., Any]) -> None:
         cls.forward = forward
 
 
-def fitting(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program | None:
-    """The program for such a call of a module like this."""
+def fitting(module: nn.Module, args: tuple, kwargs: dict[str, Any], whole: bool = False) -> Program | None:
+    """The program for such a call of a module like this; whole: only such as stands in a graph as one call."""
     structure = structure_of(module)
-    return next((p for p in programs(type(module)) if p.is_for(module, structure) and p.fits(module, args, kwargs)), None)
+    wanted = (p for p in programs(type(module)) if p.whole is not None or not whole)
+    return next((p for p in wanted if p.is_for(module, structure) and p.fits(module, args, kwargs)), None)
 
 
 def mark(module: nn.Module) -> None:
@@ -128,12 +129,16 @@ def _forward(cls: type, original: Callable[..., Any], these: tuple[Program, ...]
     """The class' forward with programs beside it, in code that Dynamo traces."""
     key = f"{cls.__qualname__} {id(cls)}"
     _CLASSES[key] = cls
-    scope: dict[str, Any] = {"original": original, "compiling": torch.compiler.is_dynamo_compiling, "which": _which}
+    scope: dict[str, Any] = {"original": original, "compiling": torch.compiler.is_dynamo_compiling, "which": _which, "once": _once}
     lines = ["def forward(self, *args, **kwargs):", f"    if compiling() and getattr(self, {MARK!r}, None) is not None:"]
     lines.append(f"        mine = which(self.{MARK}.token, {key!r})")
     for i, p in enumerate(these):
         scope[f"fits{i}"], scope[f"run{i}"] = p.fits, p.run
-        lines += [f"        if {i} in mine and fits{i}(self, args, kwargs):", f"            return run{i}(self, args, kwargs)"]
+        lines += [f"        if {i} in mine and fits{i}(self, args, kwargs):"]
+        if p.whole is not None:
+            scope[f"whole{i}"] = p.whole
+            lines += ["            if once():", f"                return whole{i}(self, args, kwargs)"]
+        lines += [f"            return run{i}(self, args, kwargs)"]
     lines.append("    return original(self, *args, **kwargs)")
     exec(compile("\n".join(lines), "<moe_compile: a forward beside its programs>", "exec"), scope)
     forward = functools.wraps(original)(scope["forward"])
@@ -154,6 +159,17 @@ def _which(token: str, key: str) -> tuple[int, ...]:
     return tuple(i for i, p in enumerate(programs(type(module))) if p.is_for(module, structure))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _once() -> bool:
+    """Whether the passes may rewrite a block apart from the graph that it stands in: on one rank, and with the weights that it has."""
+    from moe_compile.backend import Backend
+
+    backend = _backend()
+    if not isinstance(backend, Backend):
+        return False
+    return backend.options.quant == "none" and (backend.options.parallel is None or backend.options.parallel.ep == 1)
+
+
 def _captures_for_us() -> bool:
     """With the flags, or one graph for our backend and nothing else."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -161,8 +177,14 @@ def _captures_for_us() -> bool:
     from moe_compile.backend import Backend
     from moe_compile.capture import flags_active
 
-    translator = InstructionTranslator.current_tx()
-    backend = translator.output.compiler_fn
+    return flags_active() or (InstructionTranslator.current_tx().one_graph and isinstance(_backend(), Backend))
+
+
+def _backend() -> Any:
+    """For which Dynamo is tracing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    backend = InstructionTranslator.current_tx().output.compiler_fn
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
-    return flags_active() or (translator.one_graph and isinstance(backend, Backend))
+    return backend

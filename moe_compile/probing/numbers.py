@@ -120,6 +120,8 @@ def _type(real: type) -> Any:
 def _extreme(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
     def extreme(*args: Any, **kwargs: Any) -> Any:
         numbers = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+        if len(numbers) > 1 and any(_whole(x) for x in numbers) and all(_whole(x) or isinstance(x, int | torch.SymInt) for x in numbers):
+            numbers = [x.item() if _whole(x) else x for x in numbers]
         if kwargs or not any(isinstance(x, torch.SymInt | torch.SymFloat) for x in numbers):
             return plain(*args, **kwargs)
         if not all(isinstance(x, int | float | torch.SymInt | torch.SymFloat) for x in numbers):
@@ -127,6 +129,11 @@ def _extreme(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callabl
         return functools.reduce(symbolic, numbers)
 
     return extreme
+
+
+def _whole(x: Any) -> bool:
+    """A tensor that is one whole number, with which Python calculates as with a number."""
+    return isinstance(x, torch.Tensor) and x.dim() == 0 and x.dtype is torch.int64
 
 
 def _len(x: Any) -> Any:

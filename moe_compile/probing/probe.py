@@ -51,12 +51,12 @@ def probe_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], report: R
         return
     started = time.perf_counter()
     try:
-        calls = rehearse(model, args, kwargs)
+        calls, long = rehearse(model, args, kwargs)
     except Exception as e:
         log.debug("rehearsing %s", type(model).__name__, exc_info=True)
         _note(report, f"{type(model).__name__} was not searched for blocks that Dynamo cannot capture: {type(e).__name__}: {_line(e)}")
         return
-    tried: set[int] = set()
+    tried = {id(m) for c in repeated(long) if probe(c, report, whole=True) for m in c.module.modules()}
     for c in calls:
         if not tried & {id(m) for m in c.module.modules()}:  # what a module decides is recorded once, where it decides
             probe(c, report)
@@ -64,27 +64,45 @@ def probe_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], report: R
     log.debug("probing %s took %.1f s", type(model).__name__, time.perf_counter() - started)
 
 
-def probe(call: Call, report: RewriteReport | None) -> bool:
-    """Record and install a program for the module of this call, unless one of its class fits already, or Dynamo does it alone."""
+def repeated(calls: list[Call]) -> list[Call]:
+    """Those of modules whose class comes again and again, so that Dynamo would trace much more than one recording takes."""
+    saved = {cls: sum(c.steps for c in calls if type(c.module) is cls) for cls in {type(c.module) for c in calls}}
+    for c in calls:
+        saved[type(c.module)] -= c.steps if next(d for d in calls if type(d.module) is type(c.module)) is c else 0
+    return [c for c in calls if saved[type(c.module)] >= WORTH]
+
+
+WORTH = 1000  # torch calls that Dynamo need not trace
+
+
+def probe(call: Call, report: RewriteReport | None, whole: bool = False) -> bool:
+    """Record and install a program for the module of this call, unless one of its class fits already, or Dynamo does it alone.
+
+    whole: one that stands in a graph as one call, however Dynamo does; if there can be none, nothing is told.
+    """
     cls = type(call.module)
     call = _normal(call)
-    if marked(call.module) and fitting(call.module, call.args, call.kwargs) is not None:
+    if marked(call.module) and fitting(call.module, call.args, call.kwargs, whole) is not None:
         return True
-    if (why := None if hooked(call.module) else _REFUSED.get(_question(call))) is None:
+    question = None if hooked(call.module) else (_question(call), whole)
+    if (why := _REFUSED.get(question)) is None:
         try:
-            if not _installed(call):
+            if not _installed(call, report, whole):
                 return False
         except NotProbed as e:
             why = str(e)
         except Exception as e:
             log.debug("probing %s", cls.__name__, exc_info=True)
             why = f"probing it failed with {type(e).__name__}: {_line(e)}"
-    program = fitting(call.module, call.args, call.kwargs) if why is None else None
+    program = fitting(call.module, call.args, call.kwargs, whole) if why is None else None
     if program is None:
         why = why or "the program that was made for it does not fit it"
-        if not hooked(call.module):
-            _REFUSED[_question(call)] = why
-        _note(report, f"{cls.__name__} stays as it is: {why}")
+        if question is not None:
+            _REFUSED[question] = why
+        if whole:
+            log.debug("%s is not recorded as a whole: %s", cls.__name__, why)
+        else:
+            _note(report, f"{cls.__name__} stays as it is: {why}")
         return False
     mark(call.module)
     _note(report, f"{cls.__name__} is captured from a recording, which assumes: {'; '.join(program.assumptions) or 'nothing'}")
@@ -102,36 +120,44 @@ def _question(call: Call) -> Any:
     return type(call.module), own, shapes, tuple((n, tuple(p.shape), p.dtype) for n, p in call.module.named_parameters())
 
 
-def _installed(call: Call) -> bool:
+def _installed(call: Call, report: RewriteReport | None, whole: bool) -> bool:
     """False where nothing is needed."""
     if hooked(call.module):
         raise NotProbed("its submodules have hooks")
     with _undisturbed():
-        if fitting(call.module, call.args, call.kwargs) is None:
-            if not call.sure and captured(call.module, call.args, call.kwargs):
+        if fitting(call.module, call.args, call.kwargs, whole) is None:
+            if not whole and not call.sure and captured(call.module, call.args, call.kwargs):
                 return False
-            install(type(call.module), program_for(call.module, call.args, call.kwargs))
-            _other_mode(call)
+            install(type(call.module), program_for(call.module, call.args, call.kwargs, whole))
+            if (why := _other_mode(call, whole)) is not None and not whole:
+                _note(report, why)
     return True
 
 
-def _other_mode(call: Call) -> None:
-    """A program for training too if this call was none, and the other way round; without one, that mode runs as it is."""
+def _other_mode(call: Call, whole: bool) -> str | None:
+    """A program for training too if this call was none, and the other way round; or why there is none, and that mode runs as it is."""
+    mode = "inference" if call.module.training else "training"
     try:
         with other_mode(call.module):
-            if fitting(call.module, call.args, call.kwargs) is None:
-                install(type(call.module), program_for(call.module, call.args, call.kwargs))
-    except Exception:
+            if fitting(call.module, call.args, call.kwargs, whole) is None:
+                install(type(call.module), program_for(call.module, call.args, call.kwargs, whole))
+    except NotProbed as e:
+        return f"in {mode} {type(call.module).__name__} stays as it is: {e}"
+    except Exception as e:
         log.debug("probing %s in its other mode", type(call.module).__name__, exc_info=True)
+        return f"in {mode} {type(call.module).__name__} stays as it is: probing it failed with {type(e).__name__}: {_line(e)}"
+    return None
 
 
-def program_for(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Program:
-    """A checked program for calls like this one. Raises NotProbed."""
+def program_for(module: nn.Module, args: tuple, kwargs: dict[str, Any], flat: bool = False) -> Program:
+    """A checked program for calls like this one; flat: such as becomes one call in a graph. Raises NotProbed."""
     if "forward" in vars(module):
         raise NotProbed("this module's forward was replaced by hand")
     forward = own_forward(type(module))
-    recording = record(module, forward, args, kwargs)
-    program = write_program(module, recording, args, kwargs)
+    recording = record(module, forward, args, kwargs, flat)
+    program = write_program(module, recording, args, kwargs, flat)
+    if flat and program.whole is None:
+        raise NotProbed("it is no block of torch calls alone that could stand in a graph as one")
     if not program.fits(module, args, kwargs):
         raise NotProbed("the recorded conditions do not hold for the call that was recorded")
     check(module, forward, program, recording, args, kwargs)

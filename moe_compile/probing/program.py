@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.printers import PythonPrinter
 
 from moe_compile.probing.emptiness import name_of
-from moe_compile.probing.reads import SCALARS, equals, reach
+from moe_compile.probing.reads import SCALARS, equals, own_settings, reach
 from moe_compile.probing.recording import Recording
 from moe_compile.probing.regions import closed, opened
+from moe_compile.probing.whole import whole
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,20 @@ class Program:
     run: Callable[..., Any]
     assumptions: tuple[str, ...]
     source: str
+    whole: Callable[..., Any] | None = None  # the same as one call in a graph, of `block`
+    block: Any = None
 
     def is_for(self, module: nn.Module, structure: Any) -> bool:
         """Is it a module like the recorded one?  structure: the module's."""
         return bool(self.structure == structure and self.held == _held(module, list(self.held)))
 
 
-def write_program(module: nn.Module, recording: Recording, args: tuple, kwargs: dict[str, Any]) -> Program:
+def write_program(module: nn.Module, recording: Recording, args: tuple, kwargs: dict[str, Any], flat: bool = False) -> Program:
     source, run = _run(recording)
     text, fits = _fits(module, recording, args, kwargs)
     held = _held(module, list(recording.reads.attributes))
-    return Program(structure_of(module), held, fits, run, tuple(recording.assumptions), f"{text}\n\n{source}")
+    block, once = (whole(type(module).__name__, recording, run) if flat else None) or (None, None)
+    return Program(structure_of(module), held, fits, run, tuple(recording.assumptions), f"{text}\n\n{source}", once, block)
 
 
 # ---------------------------------------------------------------- what it computes
@@ -91,14 +95,14 @@ def _pure(n: Node) -> bool:
         return True
     if n.op not in ("call_function", "call_method") or name in ("opened", "closed", "setitem", "setattr"):
         return False
-    if name == "getitem":
+    if name in ("getitem", "item"):
         return True
     random = name in ("dropout", "bernoulli", "rand", "randn", "multinomial", "rand_like", "randn_like", "randint", "randperm")
     return not random and not name.endswith("_") and not name.startswith("i") and name in _DROPPABLE
 
 
 _DROPPABLE = {"size", "nonzero", "unique", "greater", "gt", "sum", "arange", "full", "tensor", "unsqueeze", "squeeze", "eq", "ne", "any",
-              "getattr", "where", "bincount", "one_hot", "permute", "argsort", "cumsum", "to", "cpu"}  # fmt: skip
+              "getattr", "where", "bincount", "one_hot", "permute", "argsort", "cumsum", "to", "cpu", "max", "add"}  # fmt: skip
 
 
 def _place_lines(function: ast.FunctionDef, r: Recording) -> None:
@@ -167,8 +171,7 @@ def _fits(module: nn.Module, r: Recording, args: tuple, kwargs: dict[str, Any]) 
     scope: dict[str, Any] = {"torch": torch, "math": math}
     tests = [f"len(args) == {len(args)}", f"len(kwargs) == {len(kwargs)}", *[f"{k!r} in kwargs" for k in kwargs]]
     for path in r.entered:  # what torch's own code reads of its modules, nobody has noted
-        m = module.get_submodule(path)
-        tests += [f"{reach(path)}.training is {m.training}"] if type(m).__module__.partition(".")[0] == "torch" else []
+        tests += [equals(f"{reach(path)}.{n}", v, scope) for n, v in own_settings(module.get_submodule(path))]
     tests += _surroundings(module, scope)
     leaves = tree_flatten((args, kwargs))[0]
     for i, (value, path) in enumerate(zip(leaves, r.paths)):
@@ -198,9 +201,11 @@ def _type_and_value(path: str, value: Any, scope: dict[str, Any]) -> list[str]:
 
 
 def structure_of(module: nn.Module) -> Any:
-    """The modules in it, and the shapes of their tensors."""
+    """The modules in it, the shapes of their tensors, and which of these are one."""
+    first: dict[int, int] = {}
     return [
-        (path, type(m), [(n, _seen(t)) for n, t in [*m._parameters.items(), *m._buffers.items()]]) for path, m in module.named_modules()
+        (path, type(m), [(n, _seen(t), first.setdefault(id(t), len(first))) for n, t in [*m._parameters.items(), *m._buffers.items()]])
+        for path, m in module.named_modules()
     ]
 
 

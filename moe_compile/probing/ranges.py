@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 
+from moe_compile.probing.calls import writes
+
 _ARRANGED = {"view", "reshape", "flatten", "t", "transpose", "contiguous", "squeeze", "unsqueeze", "detach", "cpu", "permute", "clone",
-             "float", "long", "int", "to", "double"}  # fmt: skip
+             "float", "long", "int", "to", "double", "getitem", "__getitem__", "select", "narrow", "gather", "index_select", "flip", "roll",
+             "expand", "repeat"}  # fmt: skip
+_JOINED = {"stack", "cat", "concat", "concatenate"}
 
 
 class Ranges:
@@ -18,17 +22,27 @@ class Ranges:
         return self._below[id(t)][1] if id(t) in self._below else None
 
     def note(self, name: str, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        """A torch call has been made: is its result such a tensor?"""
+        """A torch call has been made: is its result such a tensor?  What is written into is none any more, nor what shares its memory."""
+        if writes(name) and args and isinstance(args[0], torch.Tensor):
+            memory = _memory(args[0])
+            self._below = {key: found for key, found in self._below.items() if _memory(found[0]) != memory}
         if name in ("topk", "max", "min", "sort") and isinstance(out, tuple) and len(out) == 2:
             out, n = out[1], choices(name, args, kwargs)
         elif name in ("argmax", "argmin", "argsort"):
             n = choices(name, args, kwargs)
         elif name in _ARRANGED and args and isinstance(args[0], torch.Tensor):
             n = self.below(args[0])
+        elif name in _JOINED and args and isinstance(args[0], tuple | list):
+            each = [self.below(t) for t in args[0]]
+            n = max(filter(None, each), default=None) if all(each) else None
         else:
             return
         if n is not None and isinstance(out, torch.Tensor):
             self._below[id(out)] = out, n
+
+
+def _memory(t: torch.Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
 
 
 def choices(name: str, args: tuple, kwargs: dict[str, Any]) -> int | None:

@@ -13,14 +13,14 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import nn
 
-from moe_compile.probing.errors import of_user, of_user_file
+from moe_compile.probing.errors import NotProbed, of_user, of_user_file
 
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, functools.partial, torch.jit.ScriptFunction)
@@ -28,23 +28,49 @@ _LIBRARY = (sysconfig.get_path("stdlib"), "<")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 
 
-def _written_by_user(code: CodeType) -> bool:
-    return _written_by_user_at(code.co_filename)
+def written_by_user(code: CodeType) -> bool:
+    return written_by_user_at(code.co_filename)
 
 
-def _written_by_user_at(file: str) -> bool:
+def written_by_user_at(file: str) -> bool:
     return of_user_file(file) and not (file.startswith(_LIBRARY) and "site-packages" not in file)
 
 
-def _names(code: CodeType) -> set[str]:
+def names_in(code: CodeType) -> set[str]:
     """Global names and attributes that the code mentions, and the code in it."""
-    return set(code.co_names).union(*[_names(c) for c in code.co_consts if isinstance(c, CodeType)])
+    return set(code.co_names).union(*[names_in(c) for c in code.co_consts if isinstance(c, CodeType)])
+
+
+def opens(m: nn.Module) -> bool:
+    """Is all that its code reads of it seen where it is recorded from within?  So it is for the user's code and torch's simple classes."""
+    return {c.__module__ for c in _bases(m)} <= _SIMPLE and not isinstance(m, nn.MultiheadAttention)
+
+
+def own_settings(m: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes with plain values that the code of torch's own classes names: nobody notes when it reads them."""
+    functions = [f for c in _bases(m) for n, f in vars(c).items() if isinstance(f, FunctionType) and n not in _NOT_CALLED]
+    names = set().union(*[names_in(f.__code__) for f in functions])
+    return [(n, v) for n, v in sorted(vars(m).items()) if n in names and n.isidentifier() and _plain(v)]
+
+
+def _bases(m: nn.Module) -> list[type]:
+    """Those of its classes that are torch's, but for Module itself."""
+    return [c for c in type(m).__mro__ if c.__module__.partition(".")[0] == "torch" and c is not nn.Module]
+
+
+def _plain(v: Any) -> bool:
+    return isinstance(v, SCALARS) or (type(v) is tuple and all(isinstance(x, SCALARS) for x in v))
+
+
+_SIMPLE = {f"torch.nn.modules.{n}" for n in ("linear", "activation", "dropout", "normalization", "sparse", "container")}
+_NOT_CALLED = {"__init__", "__setstate__", "extra_repr", "reset_parameters", "_reset_parameters"}
 
 
 class Reads:
-    """attributes: (path of the module, name) -> value; codes: the user's code that ran, with its globals."""
+    """attributes: (path of the module, name) -> value; codes: the user's code that ran, with its globals; cells: its outer variables."""
 
     def __init__(self) -> None:
+        self.cells: list[CellType] = []
         self.attributes: dict[tuple[str, str], Any] = {}
         self.codes: dict[CodeType, dict[str, Any]] = {}
         self.grad_mode = False
@@ -71,16 +97,25 @@ class Reads:
     def run(self, function: Any) -> None:
         """The function is called, and with it may be the functions of files that its code names."""
         function = inspect.unwrap(getattr(function, "__func__", function))
-        if not isinstance(function, FunctionType) or function.__code__ in self.codes or not _written_by_user(function.__code__):
+        if not isinstance(function, FunctionType) or function.__code__ in self.codes or not written_by_user(function.__code__):
             return
         self.codes[function.__code__] = function.__globals__
-        names = _names(function.__code__)
+        _refuse_outer(function)
+        self._outer(function)
+        names = names_in(function.__code__)
         for n in names & set(function.__globals__):
             value = function.__globals__[n]
             self.run(value)
-            if isinstance(value, ModuleType) and _written_by_user_at(getattr(value, "__file__", None) or "<"):
+            if isinstance(value, ModuleType) and written_by_user_at(getattr(value, "__file__", None) or "<"):
                 for inner in names & set(vars(value)):
                     self.run(vars(value)[inner])
+
+    def _outer(self, function: FunctionType) -> None:
+        """Variables of outer functions, and the functions that they hold."""
+        for cell in filter(filled, function.__closure__ or ()):
+            if isinstance(cell.cell_contents, (*SCALARS, tuple, *_FUNCTIONS)) and not any(cell is each for each in self.cells):
+                self.cells.append(cell)
+                self.run(cell.cell_contents)
 
     def _note(self, m: nn.Module, path: str, name: str) -> None:
         get = object.__getattribute__
@@ -89,7 +124,7 @@ class Reads:
                 self.attributes.setdefault((path, name), table[name])
                 return
         value = getattr(type(m), name, self)
-        if isinstance(value, SCALARS):
+        if isinstance(value, (*SCALARS, *_PLAIN)):
             self.attributes.setdefault((path, name), value)
         elif isinstance(value, FunctionType):
             self.run(value)
@@ -100,7 +135,9 @@ class Reads:
         for (path, name), value in self.attributes.items():
             found += self._tests(f"{reach(path)}.{name}" if name.isidentifier() else f"getattr({reach(path)}, {name!r})", value, scope)
         for code, names in self.codes.items():
-            found += _constants(code, names, scope)
+            found += self._constants(code, names, scope)
+        for cell in self.cells:
+            found += self._tests(f"{_named(_reader(cell), scope)}()", cell.cell_contents, scope)
         return [*found, "torch.is_grad_enabled()"] if self.grad_mode else found
 
     def _tests(self, at: str, value: Any, scope: dict[str, Any]) -> list[str]:
@@ -111,14 +148,62 @@ class Reads:
             return [f"{at} is not None", f"{at}.dim() == {value.dim()}", *sizes, f"{at}.dtype == {value.dtype}"]
         if isinstance(value, _CONTAINERS):
             return [f"len({at}) == {len(value)}"]
-        if isinstance(value, list | tuple) and all(isinstance(v, SCALARS) for v in value):
-            return [f"len({at}) == {len(value)}", *[equals(f"{at}[{i}]", v, scope) for i, v in enumerate(value)]]
         if isinstance(value, _FUNCTIONS) and not isinstance(value, functools.partial):
             return [f"{at} is {_named(value, scope)}"]
-        if isinstance(value, nn.Module | dict | set) or not hasattr(value, "__dict__"):
+        if isinstance(value, _PLAIN):
+            return self._parts(at, value, scope)
+        if isinstance(value, nn.Module | set | ModuleType | type) or not hasattr(value, "__dict__") or type(value).__module__ == "logging":
             return []
-        names = {n for code in self.codes for n in _names(code)}
-        return [equals(f"{at}.{n}", v, scope) for n, v in vars(value).items() if n in names and isinstance(v, SCALARS) and n.isidentifier()]
+        names = {n for code in self.codes for n in names_in(code)}
+        inner = {n: v for n, v in vars(value).items() if n in names and n.isidentifier() and isinstance(v, (*SCALARS, *_PLAIN))}
+        return [test for n, v in inner.items() for test in self._tests(f"{at}.{n}", v, scope)]
+
+    def _parts(self, at: str, value: Any, scope: dict[str, Any]) -> list[str]:
+        """What a list, tuple or dict holds."""
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        if len(value) > _MOST:
+            raise NotProbed(f"the code reads {at.rpartition('.')[2]}, which holds {len(value)} things: more than can be watched ({_MOST})")
+        if not all(isinstance(key, int | str) for key, _ in items):
+            raise NotProbed(f"the code reads {at.rpartition('.')[2]}, a dict whose keys are no names and no numbers")
+        return [f"len({at}) == {len(value)}", *[test for key, v in items for test in self._tests(f"{at}[{key!r}]", v, scope)]]
+
+    def _constants(self, code: CodeType, names: dict[str, Any], scope: dict[str, Any]) -> list[str]:
+        """Constants of the file that the code names, and settings in lists, dicts and objects."""
+        home = sys.modules.get(str(names.get("__name__")))
+        if not isinstance(home, ModuleType) or vars(home) is not names:
+            return []
+        wanted = [n for n in names_in(code) if n in names and not n.startswith("__") and not callable(names[n])]
+        return [test for n in wanted for test in self._tests(f"{_named(home, scope)}.{n}", names[n], scope)]
+
+
+def _reader(cell: CellType) -> FunctionType:
+    """A function that returns what the cell holds, which Dynamo looks into."""
+    content = None
+
+    def read() -> Any:
+        return content
+
+    return FunctionType(read.__code__, globals(), "read", None, (cell,))
+
+
+def filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018  raises where the outer function has not come so far
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_outer(function: FunctionType) -> None:
+    """Variables of an outer function that hold what may change: nothing tells when they do."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # empty as yet
+            if isinstance(cell.cell_contents, list | dict | set):
+                raise NotProbed(f"{function.__name__} reads {name}, a variable of an outer function that holds what may change")
+
+
+_PLAIN = (list, tuple, dict)
+_MOST = 100  # parts of a list or dict that a program watches
 
 
 def equals(at: str, value: Any, scope: dict[str, Any]) -> str:
@@ -134,15 +219,6 @@ def _named(value: Any, scope: dict[str, Any]) -> str:
     name = next((n for n, v in scope.items() if v is value), f"seen{len(scope)}")
     scope[name] = value
     return name
-
-
-def _constants(code: CodeType, names: dict[str, Any], scope: dict[str, Any]) -> list[str]:
-    """Plain constants of the file that the code names."""
-    home = sys.modules.get(str(names.get("__name__")))
-    if not isinstance(home, ModuleType) or vars(home) is not names:
-        return []
-    wanted = [n for n in _names(code) if n in names and not n.startswith("__") and isinstance(names[n], SCALARS)]
-    return [equals(f"{_named(home, scope)}.{n}", names[n], scope) for n in wanted]
 
 
 def reach(path: str) -> str:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 
 from moe_compile.probing.errors import NotProbed
 from moe_compile.probing.numbers import Numbers, whole_numbers
+from moe_compile.probing.outside import marks, outside_put_back, places_of
 from moe_compile.probing.reads import SCALARS, Reads
 from moe_compile.probing.recorder import Recorder, listening
 from moe_compile.probing.recording import Recording
@@ -27,25 +28,31 @@ from moe_compile.probing.state import left_behind, state_of
 from moe_compile.probing.tape import Tape
 
 
-def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Recording:
-    """Run `forward` on a shadow of the module and of its arguments. Raises NotProbed."""
+def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], flat: bool = False) -> Recording:
+    """Run `forward` on a shadow of the module and of its arguments. flat: submodules from within. Raises NotProbed."""
     numbers, reads = Numbers(), Reads()
     fake = FakeTensorMode(shape_env=numbers, allow_non_fake_inputs=False, static_shapes=False)
+    fake.cache_enabled = False  # each expert has a number of rows of its own: filling the cache takes as long as the calls
     shadow, names = shadow_of(module, fake)
     tape = Tape(names, forward.__code__.co_filename)
     inputs, spec = tree_flatten((args, kwargs))
     mine, sources = _placeholders(tape, inputs, fake)
     a, k = tree_unflatten(list(mine), spec)
-    recorder = Recorder(numbers, tape, shadow, entering=lambda m: reads.run(type(m).forward))
-    done = Recording(tape.graph, None, tape.lines, tape.file, numbers, mine, sources, reads=reads, classes=recorder.classes)
+    recorder = Recorder(numbers, tape, shadow, entering=lambda m: reads.run(type(m).forward), flat=flat)
+    done = Recording(
+        tape.graph, None, tape.lines, tape.file, numbers, mine, sources, reads=reads, classes=recorder.classes, values=tape.value
+    )
     done.paths = [_path(p) for p, _ in tree_flatten_with_path((args, kwargs))[0]]
-    before, state = _Before(shadow), state_of(shadow, (a, k))
+    before, state, places = _Before(shadow), state_of(shadow, (a, k)), places_of(shadow)
+    outside = marks(places)
     noted = reads.watching(forward, lambda m: names.get(id(m)) if recorder.on else None)
-    with torch.enable_grad(), fake, listening(recorder), whole_numbers(module), noted, recorder:
-        out = _run(recorder, forward, shadow, a, k)
-        grad = torch.is_grad_enabled()
-    done.rebound = before.rebound(tape)
-    before.refuse_changes([n for n in left_behind(state, state_of(shadow, (a, k))) if n not in done.rebound], grad)
+    with outside_put_back(shadow):
+        with torch.enable_grad(), fake, listening(recorder), whole_numbers(module), noted, recorder:
+            out = _run(recorder, forward, shadow, a, k)
+            grad, outside_after = torch.is_grad_enabled(), marks(places)  # before `whole_numbers` puts the files' globals back
+        done.rebound = before.rebound(tape)
+        changed = [n for n in left_behind(state, state_of(shadow, (a, k))) if n not in done.rebound]
+        before.refuse_changes([*changed, *left_behind(outside, outside_after)], grad)
     done.output = tape.result(out)
     done.entered = list(dict.fromkeys(recorder.entered))
     done.assumptions = {**recorder.assumptions, **numbers.assumptions}
@@ -128,4 +135,6 @@ def _why(e: Exception) -> str:
         if not file.startswith((torch.__path__[0], __file__.rpartition("/")[0])):
             place = f"{file}:{tb.tb_lineno}"
         tb = tb.tb_next
+    if type(cause).__name__ == "GuardOnDataDependentSymNode" and "specialized integer" in str(cause):
+        return f"{place}: a list is indexed by a number that only the data tells: which expert runs is decided one token after the other"
     return f"{place}: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}"

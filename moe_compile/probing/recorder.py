@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_leaves
 from moe_compile.probing import contents, counting, hit
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
+from moe_compile.probing.fakes import called
 from moe_compile.probing.indices import first_rows, flat, is_mask, plain_index
 from moe_compile.probing.numbers import Numbers
 from moe_compile.probing.ranges import Ranges
+from moe_compile.probing.reads import opens
 from moe_compile.probing.regions import autocast_marked, grad_mode
 from moe_compile.probing.state import left_behind, state_of
 from moe_compile.probing.tape import Tape
@@ -37,7 +39,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__bool__": contents.truth, "is_nonzero": contents.truth, "item": contents.item, "__int__": contents.item, "__index__": contents.item,
     "__float__": contents.item, "tolist": contents.tolist, "numpy": contents.numpy, "__array__": contents.numpy,
     "__len__": contents.length, "__format__": contents.formatted, "__iter__": hit.iterate, "unbind": hit.unbind,
-    "bincount": counting.bincount, "histc": counting.histc, "_set_grad_enabled": grad_mode,
+    "bincount": counting.bincount, "histc": counting.histc, "one_hot": counting.one_hot, "_set_grad_enabled": grad_mode,
 }  # fmt: skip
 
 
@@ -46,10 +48,11 @@ class _Decided:
 
 
 class Recorder(TorchFunctionMode):
-    """on: whether calls are written down. entering: to be told of submodules that are recorded from within."""
+    """on: whether calls are written down. entering: to be told of submodules that are recorded from within; `flat`: all that can be."""
 
-    def __init__(self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None]) -> None:
+    def __init__(self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None], flat: bool = False) -> None:
         super().__init__()
+        self.flat = flat
         self.numbers, self.tape, self.root, self.entering = numbers, tape, root, entering
         self.constants, self.ranges = Constants(), Ranges()
         self.on = False
@@ -85,8 +88,6 @@ class Recorder(TorchFunctionMode):
             args = (*both, *args[2:])
         elif name in _ELEMENT_INDEX:
             args = (args[0], plain_index(self, args[1]), *args[2:])
-        if name == "one_hot" and isinstance(n := kwargs.get("num_classes", args[1] if len(args) > 1 else None), int):
-            self.classes.append(n)
         return self.call(func, name, args, kwargs)
 
     def _property(self, func: Any, args: tuple) -> Any:
@@ -100,7 +101,7 @@ class Recorder(TorchFunctionMode):
 
     def call(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make the call, and write it down."""
-        out = func(*args, **kwargs)
+        out = called(func, name, args, kwargs)
         if name in ("__setitem__", "setitem"):
             self.constants.forget(args[0])
             self.tape.add("call_function", operator.setitem, self.tape.written(args))
@@ -138,6 +139,10 @@ class Recorder(TorchFunctionMode):
         """A submodule as a whole; from within, where its Python decides by data."""
         name = self.tape.names.get(id(m))
         if not self.on or m is self.root or name is None:
+            return call(m, *args, **kwargs)
+        if self.flat and opens(m):
+            self.entered.append(name)
+            self.entering(m)
             return call(m, *args, **kwargs)
         written, state, out = (self.tape.written(args), self.tape.written(kwargs)), state_of(m, (args, kwargs)), _Decided
         with self.off(), contextlib.suppress(Exception):

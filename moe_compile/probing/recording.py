@@ -29,3 +29,4 @@ class Recording:
     entered: list[str] = field(default_factory=list)  # submodules that were recorded from within
     reads: Reads = field(default_factory=Reads)
     classes: list[int] = field(default_factory=list)  # among how many ids the code counts
+    values: dict[Node, Any] = field(default_factory=dict)  # what each node has given

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from moe_compile.probing.calls import writes
 from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.outside import outside_put_back
 from moe_compile.probing.state import HOOKS
 
 # Dynamo breaks the graph there, capture flags or not.
@@ -30,6 +33,8 @@ _ASKS = {"__bool__", "is_nonzero", "__int__", "__float__", "numpy", "__array__"}
 _MAY_ASK = {"item", "tolist", "__index__"}
 _ROWS = {"nonzero", "unique", "masked_select", "argwhere", "unique_consecutive", "bincount"}
 _SIZES = {"size", "numel", "__len__", "__get__", "nelement"}
+_DECIDES = {"topk", "argmax", "max", "sort", "argsort", "multinomial"}
+LONG = 64  # torch calls behind a routing decision: a loop over experts
 _ROUTES = {"topk", "argmax", "max", "sort", "argsort", "one_hot", "bincount", "nonzero", "where", "unique", "multinomial", "scatter_"}
 
 
@@ -46,12 +51,14 @@ class Call:
     """A module, and the arguments of a call in which its own code asked a tensor for its contents.
 
     sure: whether Dynamo is known to break there; otherwise it may capture the module.
+    steps: torch calls behind the one routing decision in it, where they are many; then it need not have asked.
     """
 
     module: nn.Module
     args: tuple
     kwargs: dict[str, Any]
     sure: bool = False
+    steps: int = 0
 
 
 def may_route(model: nn.Module) -> bool:
@@ -83,10 +90,16 @@ class _Scout(TorchFunctionMode):
         self.stack: list[Call] = []
         self.found: dict[int, Call] = {}
         self.rows: dict[int, torch.Tensor] = {}  # tensors with as many rows as the data tells
+        self.long: dict[int, Call] = {}  # modules of one routing decision and many calls behind it, with none such inside
+        self.steps = 0
+        self.decisions: list[tuple[Call, int]] = []  # in whose code, at which step
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
+        self.steps += name != "__get__"
         if self.stack and args:
+            if name in _DECIDES and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+                self.decisions.append((self.stack[-1], self.steps))
             if (
                 name in _ASKS
                 or (name in _SIZES and id(args[0]) in self.rows)
@@ -95,7 +108,7 @@ class _Scout(TorchFunctionMode):
                 self._note(sure=True)
             elif name in _MAY_ASK or (name == "__getitem__" and _by_tensors(args[1])):
                 self._note(sure=False)
-        if args and _writes(name) and isinstance(args[0], torch.Tensor) and self._is_shared(args[0]):
+        if args and writes(name) and isinstance(args[0], torch.Tensor) and self._is_shared(args[0]):
             raise NotProbed("its forward writes to its parameters")
         out = func(*args, **(kwargs or {}))
         if self.stack and (name in _ROWS or (name == "where" and len(args) == 1) or self._selects(name, args)):
@@ -121,16 +134,28 @@ class _Scout(TorchFunctionMode):
             and name in ("squeeze", "view", "reshape", "flatten", "t", "tolist", "cpu", "sort", "split")
         )
 
+    @contextmanager
+    def entered(self, call: Call) -> Iterator[None]:
+        """Within, the call's module runs."""
+        decided, long = len(self.decisions), len(self.long)
+        self.stack.append(call)
+        try:
+            yield
+        finally:
+            self.stack.pop()
+        mine = self.decisions[decided:]
+        if len(self.long) == long and len({id(owner) for owner, _ in mine}) == 1 and _is_users(call.module):
+            call.steps = self.steps - mine[0][1]
+            if call.steps >= LONG:
+                self.long.setdefault(id(call.module), call)
+
     def _note(self, sure: bool) -> None:
         call = self.stack[-1]
         self.found.setdefault(id(call.module), call).sure |= sure
 
 
-def _writes(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or (name.startswith("__i") and name in _IN_PLACE)
-
-
-_IN_PLACE = {f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+def _is_users(m: nn.Module) -> bool:
+    return type(m).__module__.partition(".")[0] != "torch"
 
 
 def _by_tensors(index: Any) -> bool:
@@ -138,8 +163,11 @@ def _by_tensors(index: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for p in parts if isinstance(p, slice) for x in (p.start, p.stop, p.step))
 
 
-def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Call]:
-    """Calls of the model's modules that asked, innermost modules first. Raises what copying or calling the model raises."""
+def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Call], list[Call]]:
+    """Calls of the model's modules that asked, innermost modules first, and those with long loops.
+
+    Raises what copying or calling the model raises.
+    """
     if any(is_lazy(t) for t in [*model.parameters(), *model.buffers()]):
         raise NotProbed("its parameters are not there yet")
     shadow = shadow_of(model)
@@ -147,14 +175,27 @@ def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> list[Call
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     _state.rehearsing = True
     try:
-        with torch.random.fork_rng([d for d in devices if d is not None]), torch.no_grad(), _eager(), scouting(shadow) as scout:
+        with _alone(model, devices), torch.no_grad(), _eager(), scouting(shadow) as scout:
             shadow(*a, **k)
     finally:
         _state.rehearsing = False
     real = dict(zip(map(id, shadow.modules()), model.modules()))
-    calls = [Call(real[i], c.args, c.kwargs, c.sure) for i, c in scout.found.items()]
-    calls = [c for c in calls if any(True for _ in c.module.parameters())]
-    return sorted(calls, key=lambda c: sum(1 for _ in c.module.modules()))
+    asked, long = (
+        [Call(real[i], c.args, c.kwargs, c.sure, c.steps) for i, c in found.items() if any(True for _ in c.module.parameters())]
+        for found in (scout.found, scout.long)
+    )
+    return sorted(asked, key=lambda c: sum(1 for _ in c.module.modules())), long
+
+
+@contextmanager
+def _alone(model: nn.Module, devices: set[int | None]) -> Iterator[None]:
+    """What stands outside of the copy, random numbers and globals of the user's files, is afterwards what it was."""
+    python = random.getstate()
+    with torch.random.fork_rng([d for d in devices if d is not None]), outside_put_back(model):
+        try:
+            yield
+        finally:
+            random.setstate(python)
 
 
 def shadow_of(model: nn.Module) -> nn.Module:
@@ -197,11 +238,8 @@ def scouting(model: nn.Module) -> Iterator[_Scout]:
     def watched(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if id(m) not in mine:
             return call(m, *args, **kwargs)
-        scout.stack.append(Call(m, *_kept((args, kwargs))))
-        try:
+        with scout.entered(Call(m, *_kept((args, kwargs)))):
             return call(m, *args, **kwargs)
-        finally:
-            scout.stack.pop()
 
     with mock.patch.object(nn.Module, "__call__", watched), scout:
         yield scout

@@ -13,7 +13,7 @@ from torch import nn
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DEPTH = 3
+DEPTH = 3
 
 
 def state_of(root: nn.Module, arguments: Any) -> dict[str, Any]:
@@ -22,8 +22,8 @@ def state_of(root: nn.Module, arguments: Any) -> dict[str, Any]:
     for path, m in root.named_modules():
         for n, v in [*vars(m).items(), *m._parameters.items(), *m._buffers.items()]:
             if n not in _TABLES:
-                found[f"{path}.{n}".lstrip(".")] = _mark(v, _DEPTH)
-    found["the arguments"] = _mark(arguments, _DEPTH + 1)
+                found[f"{path}.{n}".lstrip(".")] = mark_of(v, DEPTH)
+    found["the arguments"] = mark_of(arguments, DEPTH + 1)
     found["Python's random numbers"] = random.getstate()
     if (numpy := sys.modules.get("numpy")) is not None:
         name, keys, *rest = numpy.random.get_state()
@@ -61,16 +61,16 @@ def left_behind(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [n for n in {**before, **after} if before.get(n, ()) != after.get(n, ())]
 
 
-def _mark(v: Any, depth: int) -> Any:
+def mark_of(v: Any, depth: int) -> Any:
     """Equal as long as the value is the same and holds the same."""
     if isinstance(v, bool | int | float | str | bytes | type(None)):
         return type(v), v
     if depth and isinstance(v, list | tuple):
-        return id(v) if isinstance(v, list) else 0, [_mark(x, depth - 1) for x in v]
+        return id(v) if isinstance(v, list) else 0, [mark_of(x, depth - 1) for x in v]
     if depth and isinstance(v, dict):
-        return id(v), [(k if isinstance(k, str | int) else id(k), _mark(x, depth - 1)) for k, x in v.items()]
+        return id(v), [(k if isinstance(k, str | int) else id(k), mark_of(x, depth - 1)) for k, x in v.items()]
     if isinstance(v, set | frozenset):
         return id(v), len(v)
     if depth and not isinstance(v, torch.Tensor | nn.Module | type) and hasattr(v, "__dict__") and not callable(v):
-        return id(v), [(k, _mark(x, depth - 1)) for k, x in vars(v).items()]
+        return id(v), [(k, mark_of(x, depth - 1)) for k, x in vars(v).items()]
     return id(v)

@@ -13,7 +13,7 @@ _DECISIONS = {"topk": 2, "sort": 1, "argsort": 1, "argmax": 1, "max": 1, "argmin
 
 
 def steered(scores: torch.Tensor, dim: int, k: int, steering: str) -> torch.Tensor:
-    """The scores with the least of each row, and less, in place of those that are not to be chosen."""
+    """The scores of each row in another order, the largest where they are to be chosen; elsewhere the least, and less."""
     moved = scores.movedim(dim, -1)
     n, rows = moved.shape[-1], moved.shape[:-1]
     column = torch.arange(n, device=scores.device).expand(*rows, n)
@@ -26,7 +26,10 @@ def steered(scores: torch.Tensor, dim: int, k: int, steering: str) -> torch.Tens
     else:
         wanted = column != (0 if steering == "not first" else n - 1)
     least = moved.detach().amin(-1, keepdim=True) - (column + 1).to(moved.dtype)
-    return torch.where(wanted, moved, least.to(moved.dtype)).movedim(-1, dim)
+    lowered = torch.where(wanted, moved, least.to(moved.dtype))
+    place = lowered.detach().argsort(-1, descending=True).argsort(-1)
+    largest = moved.gather(-1, moved.detach().argsort(-1, descending=True)).gather(-1, place)
+    return torch.where(wanted, largest, lowered).movedim(-1, dim)
 
 
 class Steered(TorchFunctionMode):

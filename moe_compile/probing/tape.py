@@ -83,6 +83,11 @@ class Tape:
         self._origins[s] = self.add("call_method", "item", (n,))
         return True
 
+    def origin(self, s: sympy.Symbol) -> Node | None:
+        """The node whose number the symbol is, where that is known already."""
+        found = self._origins.get(s)
+        return found if isinstance(found, Node) else None
+
     def number(self, s: Any) -> Any:
         """A symbolic number as nodes."""
         e = s.node.expr
