@@ -16,6 +16,7 @@ NEEDS = {
     "gpu": lambda: __import__("torch").cuda.is_available(),
     "gpus": lambda: __import__("torch").cuda.device_count() > 1,
     "inductor": lambda: _has_cpp_compiler(),
+    "slow": lambda: os.environ.get("MOE_COMPILE_SLOW") == "1",
     "style": lambda: all(importlib.util.find_spec(tool) for tool in ("ruff", "mypy")),
 }
 

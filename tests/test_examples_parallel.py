@@ -58,6 +58,7 @@ def test_inference() -> None:
     assert "not allgather: ParallelConfig.comm asks for 'alltoall'" in out
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inference_as_the_page_says() -> None:
     out = launched(2, "examples/expert_parallel.py")
@@ -102,6 +103,7 @@ def test_training_with_experts_on_several_ranks() -> None:
     claims_of_training(out, "ep 4 x dp 1")
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_training_as_the_page_says() -> None:
     claims_of_training(launched(2, "examples/train_expert_parallel.py"), "ep 1 x dp 2")

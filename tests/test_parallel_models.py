@@ -101,6 +101,7 @@ def test_weights_and_rows_in_fp8(two: Ranks, name: str, sharded: bool) -> None:
         assert all(0.01 < found[each] < 0.2 for each in ("weight 0", "weight 1", "output"))
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor_with_weights_and_rows_in_fp8(two: Ranks) -> None:
     """Dispatch, experts and combine are one op there."""
@@ -124,7 +125,7 @@ def test_inductor_where_a_rank_has_no_tokens(two: Ranks) -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("comm", ["alltoall", "allgather"])
+@pytest.mark.parametrize("comm", ["alltoall", pytest.param("allgather", marks=pytest.mark.slow)])
 def test_inductor_compiles_what_ranks_receive(two: Ranks, comm: str) -> None:
     """The numbers of received rows are sizes that only the data tells."""
     two.run(cases.real_model, "mixtral", {"ep": 2, "comm": comm}, True, [2, 1, 3], "inductor", timeout=300)
