@@ -101,6 +101,7 @@ class _Search:
         self.interp: Interp | None = None
         self.best: MoERegion | None = None
         self.patience = PATIENCE
+        self.visited = 0
         self.why = NO_EXPERTS
         self.after: set[Node] = set()
         self._last: Node | None = None
@@ -111,6 +112,7 @@ class _Search:
         assert self.interp is not None
         if n in self.others and isinstance(trace.at_def[n], Node):
             self.interp.facts[trace.at_def[n]] = self.others[n].facts  # a second choice that masks the first one out
+        self.visited += 1
         self.patience -= self.best is not None
         if self.patience < 0:
             return True
@@ -166,7 +168,9 @@ class _Search:
             return
         if self.best is None or formula.score() > self.best.formula.score():
             self.best = self._region(trace, n, target, value, formula)
-            self.patience = PATIENCE
+            self.patience = (
+                max(PATIENCE, 2 * self.visited) if formula.partial() else PATIENCE
+            )  # the next slot's code is as long as this one's
 
     def _region(self, trace: Trace, n: Node, target: Node | None, value: Node, formula: Formula) -> MoERegion:
         assert self.interp is not None

@@ -207,16 +207,30 @@ def _compare(old: GraphModule, new: GraphModule, args: list, limit: float, what:
             raise _NotInDouble(str(e).splitlines()[0][:120]) from e
         raise Mismatch(f"the original does not run on fresh inputs: {str(e).splitlines()[0][:160]}") from e
     got = _run(new, args, training, mode, frozen)
-    worst = 0.0
+    worst, least = 0.0, NOISE[mode is _upcast] * _largest(want)
     for name in want:
-        error = _error(got[name], want[name], name, what)
+        error = _error(got[name], want[name], name, what, least if name.startswith("gradient") else 1e-30)
         if not error <= limit:
             raise Mismatch(f"{name} differs by {error:.1e} (limit {limit:.0e}) for {what}")
         worst = max(worst, error)
     return worst
 
 
-def _error(got: torch.Tensor, want: torch.Tensor, name: str, what: str) -> float:
+# Gradients that are so much smaller than the largest one may be all rounding: that of a weight divided by itself, say.
+NOISE = {True: 1e-8, False: 1e-3}  # in float64, where the limit is far below it; in the model's own dtypes
+
+
+def _largest(found: dict[str, torch.Tensor]) -> float:
+    """Of the gradients' elements."""
+    sizes = [
+        float(g.double().nan_to_num(posinf=0, neginf=0).abs().max())
+        for name, g in found.items()
+        if name.startswith("gradient") and g.numel()
+    ]
+    return max(sizes, default=0.0)
+
+
+def _error(got: torch.Tensor, want: torch.Tensor, name: str, what: str, least: float) -> float:
     if got.shape != want.shape or got.dtype != want.dtype:
         raise Mismatch(f"{name} is {got.dtype}{list(got.shape)}, the original's {want.dtype}{list(want.shape)} for {what}")
     if want.numel() == 0:
@@ -226,7 +240,7 @@ def _error(got: torch.Tensor, want: torch.Tensor, name: str, what: str) -> float
     if not known.any():
         raise Mismatch(f"{name} is nowhere finite in the original for {what}")
     a, b = a[known], b[known]
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+    return float((a - b).abs().max() / b.abs().max().clamp(min=max(least, 1e-30)))
 
 
 def _run(gm: GraphModule, args: list, training: bool, mode: Any, frozen: set[int]) -> dict[str, torch.Tensor]:

@@ -64,6 +64,13 @@ def test_values_and_gradients_are_kept(name):
     assert len(report.rewritten) == regions(name), str(report)
 
 
+@pytest.mark.parametrize("name", ["slot_then_expert", *(n for n in NAMES if n.startswith("mask_slots"))])
+def test_slots_written_out_one_by_one_are_one_sum(name):
+    style = load(name)
+    report = moe_compile.explain(style.module)(style.x)
+    assert [r.top_k for r in report.rewritten] == [2], str(report)
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n in STYLE_REFUSED])
 def test_refusal_says_why(name):
     style = load(name)

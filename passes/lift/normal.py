@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .algebra import compare, distinct_slots, mul, refresh, slot_test, subst
+from .algebra import add, compare, distinct_slots, mul, refresh, replace, slot_test, subst
 from .expr import ONE, ZERO, Expr, Refused, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
 from .index import bounds, inside, is_int, sel
-from .merge import Merger
+from .merge import Merger, select
 
 MACHINERY = {"perm", "inv", "coord", "seg", "count", "below", "scat", "undef", "rows"}
 
@@ -118,6 +118,31 @@ def _tested_sum(e: Expr) -> Expr | None:
     return sums[0] if len(sums) == 1 and not any(_arm(f) for f in factors(e)) else None
 
 
+def spread(expr: Expr) -> Expr:
+    """w * ([id = 0] f_0 + [id = 1] f_1 + ...), or a sum of such over slots, as sums of one expert each."""
+    return add(*[part for t in terms(expr) for part in _spread(t)])
+
+
+def _spread(t: Expr) -> list[Expr]:
+    if t.op == "sum" and len(parts := [p for each in terms(t.args[1]) for p in _spread(each)]) > 1:
+        return [raw("sum", t.args[0], p) for p in parts] if any(_arm(f) for p in parts for f in factors(p)) else [t]
+    parts = [_stacked(f) if f.op == "sel" else f for f in factors(t)]
+    sums = [f for f in parts if _sums_arms(f)]
+    if len(sums) != 1 or t is sums[0]:
+        return [t]
+    others = [f for f in parts if f is not sums[0]]
+    return [mul(*others, part) for part in sums[0].args]
+
+
+def _sums_arms(e: Expr) -> bool:
+    return e.op == "add" and any(_arm(f) for part in e.args for f in factors(part))
+
+
+def _stacked(e: Expr) -> Expr:
+    """Sums over experts of slots that were written out and stacked: one of the slot's number."""
+    return select(*e.args) if all(_sums_arms(part) for part in e.args[1:]) else e
+
+
 def gather_experts(expr: Expr, first: First | None = None, rows: Sequence[Var] = ()) -> tuple[Expr | None, list[Expr]]:
     """sum_e sum_k [id=e] f_e  ->  sum_k sel(id, f_0, f_1, ...); returns the new sum and the terms left over.
 
@@ -142,19 +167,30 @@ def gather_experts(expr: Expr, first: First | None = None, rows: Sequence[Var] =
         found, others = _select_arm(arms, first)
         sums.append(found)
         rest += others
-    return sums[0] if len(sums) == 1 else _sum_slots(sums, rows), rest
+    return sums[0] if len(sums) == 1 else sum_slots(sums, rows), rest
 
 
-def _sum_slots(sums: list[Expr], rows: Sequence[Var]) -> Expr:
+def sum_slots(sums: list[Expr], rows: Sequence[Var]) -> Expr:
     """f(id_0) + f(id_1) + ...: slots written out one by one, in whatever order, are a sum over k."""
     from .choices import side_by_side
 
-    slot = {s: [a.args[0] for a in s.args[0].args[1:] if is_const(a)] for s in sums if s.op == "sel" and s.args[0].op == "load"}
-    if len(slot) < len(sums) or any(not c for c in slot.values()) or len({s.args[0].args[0] for s in sums}) > 1:
-        return side_by_side([merge_selects(s) for s in sums], rows)
+    merged = [merge_selects(s) for s in sums]
+    slots = [_slot(s, m, rows) for s, m in zip(sums, merged)]
+    if any(s is None for s in slots) or len({s[0] for s in slots if s}) > 1:
+        return side_by_side(merged, rows)
     k = Var(len(sums))
-    parts = tuple(merge_selects(s) for s in sorted(sums, key=lambda s: slot[s][-1]))
-    return raw("sum", k, Merger(k).merge(parts))
+    parts = tuple(m for _, m in sorted(zip(slots, merged), key=lambda both: both[0][1]))  # type: ignore[index]
+    found = Merger(k).merge(parts)
+    if any(len(x.args[0].nodes) > 1 and k in x.args[1:] for x in loads(found)):
+        raise Refused("several sums over experts are added, each of them of an expert of its own (as where experts choose tokens)")
+    return raw("sum", k, found)
+
+
+def _slot(e: Expr, merged: Expr, rows: Sequence[Var]) -> tuple[Any, Any] | None:
+    """(the tensor of ids, the number of the slot) by which the term selects, where that is one number."""
+    found = [e.args[0]] if e.op == "sel" else used_ids(merged, rows)
+    numbers = [a.args[0] for a in found[0].args[1:] if is_const(a)] if len(found) == 1 and found[0].op == "load" else []
+    return (found[0].args[0], numbers[-1]) if numbers else None
 
 
 def _select_arm(arms: list[tuple], first: First | None) -> tuple[Expr, list[Expr]]:
@@ -162,13 +198,19 @@ def _select_arm(arms: list[tuple], first: First | None) -> tuple[Expr, list[Expr
     vs0, ids0 = arms[0][1], arms[0][2]
     n = num_ids(ids0)
     _check_experts(sorted(a[0] for a in arms), n, first)
-    parts = [subst(body, dict(zip(vs, vs0))) for _, vs, _, body in sorted(arms, key=lambda a: a[0])]
+    parts = [within(subst(body, dict(zip(vs, vs0))), ids0, e) for e, vs, _, body in sorted(arms, key=lambda a: a[0])]
     layers = [_has_layer(p) for p in parts]
     m = sum(layers) if any(layers) and layers == sorted(layers, reverse=True) else len(parts)
     if m != (n if first is None else first.count):
         raise Partial(f"expert {m} and those behind it have no linear layer", First(m, True))
     e = sel(ids0, *parts) if m == n else _first_experts(ids0, parts[:m])
     return _over(vs0, e), _without_layers(vs0, ids0, parts[m:], m)
+
+
+def within(body: Expr, ids: Expr, e: int) -> Expr:
+    """The body where the id is e: what other experts would give there is zero."""
+    tests = [x for x in subexprs(body) if _arm(x) and x.args[0] is ids]
+    return replace(body, {x: ONE if is_const(x.args[1], e) else ZERO for x in tests}) if tests else body
 
 
 def _has_layer(e: Expr) -> bool:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from .algebra import mul, refresh
-from .choices import side_by_side
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
 from .index import inside
-from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, used_ids
+from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, spread, sum_slots, used_ids
 from .program import Builder, Param
 from .ranks import collapse, counted
 from .sizes import prod, quotient
@@ -53,10 +52,19 @@ class Formula:
     def top_k(self) -> int:
         return prod(v.size for v in self.slots)
 
-    def score(self) -> tuple[bool, bool]:
-        """Prefer the node after the sum over the slots, and after the weighting."""
-        one_slot = any(is_const(x.args[-1]) for x in loads(self.ids) if x.args[0].range is not None)
-        return (self.summed and bool(self.slots)) or one_slot, self.weight is not None
+    def score(self) -> tuple[bool, bool, int]:
+        """Prefer the node after the sum over the slots, after the weighting, and of the most slots."""
+        return (self.summed and bool(self.slots)) or bool(self._columns()), self.weight is not None, self.top_k
+
+    def partial(self) -> bool:
+        """Are there slots that nothing was computed of, as where code goes through them one by one?"""
+        return any(self.top_k < n for n in self._columns())
+
+    def _columns(self) -> list[int]:
+        """Of how many slots one or some were taken by their number."""
+        chosen = [x for x in loads(self.ids) if x.args[0].range is not None]
+        taken = [x for x in chosen if is_const(x.args[-1]) or (x.args[-1] in self.slots and x.args[-1].size != x.args[0].shape[-1])]
+        return [x.args[0].shape[-1] for x in taken if isinstance(x.args[0].shape[-1], int)]
 
 
 def read(value: Value, dtype: torch.dtype, first: First | None = None) -> Formula:
@@ -110,6 +118,7 @@ def _split_rows(value: Value) -> Value:
 
 def _one_term(expr: Expr, rows: list[Var], first: First | None) -> tuple[Expr, list[Expr]]:
     """The term that sums over the experts, and the others (a residual, a shared expert, where the accumulator started)."""
+    expr = spread(expr)
     found, rest = gather_experts(expr, first, rows)
     if found is not None:
         return found, rest
@@ -119,7 +128,7 @@ def _one_term(expr: Expr, rows: list[Var], first: First | None) -> tuple[Expr, l
     mine = [t for t in ts if used_ids(t, rows) or leftovers(t) or _selects(t)]
     if not mine:
         raise Refused(NOTHING_SUMMED)
-    return mine[0] if len(mine) == 1 else side_by_side(mine, rows), [t for t in ts if t not in mine]
+    return mine[0] if len(mine) == 1 else sum_slots(mine, rows), [t for t in ts if t not in mine]
 
 
 def _selects(e: Expr) -> bool:

@@ -96,8 +96,8 @@ def _repeat(it, node, x: Value, reps):
     out = out_shape(node)
     dims = ((),) * (len(out) - len(x.dims)) + x.dims
     new = []
-    for d, n in zip(dims, out):
-        r = quotient(n, prod(v.size for v in d))
+    for d, n, times in zip(dims, out, reps):
+        r = times if isinstance(times, int) else quotient(n, prod(v.size for v in d))
         if r is None:
             raise Refused("a repeat of a data-dependent dimension")
         new.append(((Var(r),) if r != 1 else ()) + tuple(d))

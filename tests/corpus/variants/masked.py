@@ -23,6 +23,41 @@ class MaskAny(ListBlock):
         return out.view_as(hidden)
 
 
+@variant("mask_slots_buffer", "for k, for e: y[ids[:, k] == e] = expert(x[...]); out + w[:, k] * y: one slot after the other", inputs=x2d)
+class MaskSlotsBuffer(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for k in range(K):
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                mask = ids[:, k] == e
+                y[mask] = expert(x[mask])
+            out = out + w[:, k : k + 1] * y
+        return out
+
+
+@variant("mask_slots_where", "for k: w[:, k] * sum over e of where(ids[:, k] == e, expert(x), 0)", inputs=x2d)
+class MaskSlotsWhere(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = 0
+        for k in range(K):
+            y = sum(torch.where((ids[:, k] == e).unsqueeze(-1), expert(x), 0.0) for e, expert in enumerate(self.experts))
+            out = out + w[:, k].unsqueeze(-1) * y
+        return out
+
+
+@variant("mask_slots_stacked", "the slots' sums over experts are stacked, weighted and summed as one", inputs=x2d)
+class MaskSlotsStacked(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        each = []
+        for k in range(K):
+            each.append(sum(torch.where((ids[:, k] == e).unsqueeze(-1), expert(x), 0.0) for e, expert in enumerate(self.experts)))
+        return (torch.stack(each, dim=1) * w.unsqueeze(-1)).sum(1)
+
+
 @variant("mask_weight_column", "every expert on every token, times sum_k w * (ids == e)")
 class MaskColumn(ListBlock):
     def forward(self, hidden: Tensor) -> Tensor:
