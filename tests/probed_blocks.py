@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,55 @@ class UniqueLoop(Block):
         for e in torch.unique(ids).tolist():
             self.add(out, x, w, ids, e)
         return out
+
+
+class SetLoop(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in sorted(set(ids.flatten().tolist())):
+            self.add(out, x, w, ids, e)
+        return out
+
+
+class BusiestFirst(Block):
+    """Experts in the order of their tokens' numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in counted(ids).argsort(descending=True).tolist():
+            self.add(out, x, w, ids, e)
+        for e in counted(ids).sort(descending=True)[1]:
+            self.add(out, x, w, ids, int(e))
+        return out * 0.5
+
+
+class RunningEnds(Block):
+    """Sorted rows between running counts, `start == end` where there are none, an index made by repeat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        flat, share = ids.view(-1), w.view(-1, 1)
+        order = flat.argsort()
+        ends, tokens, out = self.ends(flat), order // K, torch.zeros_like(x)
+        for e in range(E):
+            start, end = 0 if e == 0 else ends[e - 1], ends[e]
+            if start == end:
+                continue
+            t = tokens[start:end]
+            y = self.experts[e](x[t])
+            y.mul_(share[order[start:end]])
+            out.scatter_add_(0, t.view(-1, 1).repeat(1, H), y)
+        return out
+
+    def ends(self, flat: Tensor) -> Any:
+        return flat.bincount(minlength=E).cpu().numpy().cumsum(0)
+
+
+class RunningTensors(RunningEnds):
+    def ends(self, flat: Tensor) -> Any:
+        return flat.bincount(minlength=E).cumsum(0)
 
 
 class AnyMask(Block):
@@ -322,6 +372,18 @@ class HitsCounted(Asks):
         return out / hits(ids).shape[0]
 
 
+class SetCounted(Asks):
+    def changed(self, out, x, w, ids):
+        return out / len(set(ids.flatten().tolist()))
+
+
+class RankOfBusiest(Asks):
+    """The busiest expert's number is added."""
+
+    def changed(self, out, x, w, ids):
+        return out + counted(ids).argsort(descending=True).tolist()[0]
+
+
 class HitsListed(Asks):
     def changed(self, out, x, w, ids):
         return out / len(torch.unique(ids).tolist())
@@ -441,7 +503,10 @@ class Tuple(Asks):
 
 FACTOR = 1.0
 
-REWRITTEN = {"without_gradients": WithoutGradients, "hit_loop": HitLoop, "unique_loop": UniqueLoop, "any_mask": AnyMask, "counter": Counter}
+REWRITTEN = {
+    "without_gradients": WithoutGradients, "hit_loop": HitLoop, "unique_loop": UniqueLoop, "any_mask": AnyMask, "counter": Counter,
+    "set_loop": SetLoop, "busiest_first": BusiestFirst, "running_ends": RunningEnds, "running_tensors": RunningTensors,
+}  # fmt: skip
 OTHERS = {
     "by_length": ByLength,
     "python_capacity": PythonCapacity,
@@ -450,6 +515,8 @@ OTHERS = {
     "function": CallsAFunction,
     "jitter": Jitter,
     "hits_counted": HitsCounted,
+    "set_counted": SetCounted,
+    "rank_of_busiest": RankOfBusiest,
     "tuple": Tuple,
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -15,24 +17,54 @@ from moe_compile.probing.constants import as_list
 from moe_compile.probing.emptiness import counts, name_of, tested_count
 from moe_compile.probing.errors import NotProbed, users_frame, where
 from moe_compile.probing.hit import hit, rows
+from moe_compile.probing.tokens import is_size, over_rows, place, read
 
 if TYPE_CHECKING:
     from moe_compile.probing.recorder import Recorder
 
 _SAME_NUMBERS = {"cpu", "to", "long", "int", "detach", "contiguous", "clone"}
+_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
 
 
 class Rows(list):
-    """A list of row numbers, as long as the data tells: good for an index only."""
+    """A list of numbers, as long as the data tells: good for an index, or as the set of the experts that are hit, only."""
 
-    def __init__(self, t: torch.Tensor) -> None:
+    def __init__(self, r: Recorder, t: torch.Tensor) -> None:
         super().__init__()
-        self.tensor = t
+        self.recorder, self.tensor = r, t
+
+    def different(self) -> set[int]:
+        """What `set(ids)` is taken for: all experts, as those that are not hit add nothing."""
+        below = self.recorder.ranges.below(self.tensor)
+        if below is None:
+            raise self._why()
+        self.recorder.assumptions[f"{where(users_frame())}: the loop over the experts that are hit visits all of them"] = None
+        return set(range(below))
 
     def _no(self, *_: Any) -> Any:
-        raise NotProbed(f"{where(users_frame())}: a list as long as the data tells is used for more than an index")
+        raise self._why()
+
+    def _why(self) -> NotProbed:
+        return NotProbed(f"{where(users_frame())}: a list as long as the data tells is used for more than an index")
 
     __len__ = __iter__ = __getitem__ = __contains__ = __bool__ = _no  # type: ignore[assignment]
+
+
+class Table(Rows):
+    """`ids.tolist()`, with an entry for each token: good for a loop over tokens, too."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return over_rows(self.recorder, self.tensor, lambda row: _listed(self.recorder, row))
+
+    def __getitem__(self, index: Any) -> Any:
+        at = place(self.recorder, index)
+        return self._no() if at is None else _listed(self.recorder, read(self.recorder, self.tensor, at))
+
+    __len__ = __contains__ = __bool__ = Rows._no  # type: ignore[assignment]
+
+
+def _listed(r: Recorder, row: torch.Tensor) -> Any:
+    return tolist(r, None, (row,), {}) if row.dim() else number(r, row)
 
 
 # ---------------------------------------------------------------- as Python calls them
@@ -41,7 +73,10 @@ def truth(r: Recorder, func: Any, args: tuple, kwargs: Any) -> bool:
     if t in r.constants:
         return bool(number(r, t))
     place = where(users_frame())
-    found = tested_count(r.tape.node(t), r.tape.value.get)
+    n = r.tape.node(t)
+    found = tested_count(n, r.tape.value.get)
+    if found is None and (numbers := _compared_sums(r, n)) is not None:
+        return numbers if isinstance(numbers, bool) else r.numbers.not_empty(numbers.node.expr)
     if found is None:
         raise NotProbed(f"{place}: Python decides by a tensor's contents, and not by whether a count of ids is zero")
     r.assumptions[f"{place}: where no rows are left, what is skipped adds nothing"] = None
@@ -66,8 +101,10 @@ def tolist(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Any:
         return as_list(experts)
     if t in r.constants:
         return as_list(r.constants[t])
+    if t.dim() and is_size(r, t.shape[0]) and r.on:
+        return Table(r, t)
     if t.dim() == 1 and isinstance(t.shape[0], torch.SymInt):
-        return Rows(t)
+        return Rows(r, t)
     if any(not isinstance(s, int) for s in t.shape):
         raise NotProbed(f"{where(users_frame())}: a list as long as the data tells")
     if (parts := _summed(r, r.tape.node(t))) is not None:
@@ -124,6 +161,15 @@ def _summed(r: Recorder, n: Node) -> list[Any] | None:
             return None
         r.items[source] = [0] * pad + _nested(r, counted)
     return r.items[source]
+
+
+def _compared_sums(r: Recorder, n: Node) -> Any:
+    """`start == end` of elements of a running sum, as what Python says of their numbers."""
+    compare = getattr(operator, name_of(n).strip("_"), None) if name_of(n).strip("_") in _COMPARISONS else None
+    if compare is None or len(n.args) != 2:
+        return None
+    sides = [_sum_of(r, a) if isinstance(a, Node) else [a] if type(a) is int else None for a in n.args]
+    return compare(sum(sides[0]), sum(sides[1])) if None not in sides else None  # type: ignore[arg-type]
 
 
 def _plain(n: Node) -> Node:

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing.emptiness import name_of, tested_count
+from moe_compile.probing.emptiness import counts, name_of, tested_count
 from moe_compile.probing.errors import NotProbed, users_frame, where
+from moe_compile.probing.tokens import is_size, over_rows
 
 if TYPE_CHECKING:
     from moe_compile.probing.recorder import Recorder
@@ -22,8 +23,10 @@ _SAME_LIST = {"__getitem__", "getitem", "squeeze", "view", "reshape", "flatten",
 # ---------------------------------------------------------------- loops
 def iterate(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Iterator[torch.Tensor]:
     t = args[0]
-    if t in r.constants or not isinstance(t.shape[0], torch.SymInt):
+    if t in r.constants or not (isinstance(t.shape[0], torch.SymInt) or _ordered(r, r.tape.node(t))):
         return iter(rows(r, t))
+    if is_size(r, t.shape[0]):
+        return over_rows(r, t)
     experts = hit(r, t)
     if experts is None:
         raise NotProbed(f"{where(users_frame())}: a loop over rows whose number only the data tells")
@@ -36,6 +39,8 @@ def unbind(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Any:
     """What a loop over a tensor's rows goes through."""
     if (len(args) > 1 and args[1] != 0) or kwargs.get("dim", 0) != 0:
         return r.call(func, "unbind", args, kwargs)
+    if is_size(r, args[0].shape[0]):
+        return over_rows(r, args[0])
     return tuple(iterate(r, func, args, kwargs))
 
 
@@ -75,6 +80,9 @@ def _hit(r: Recorder, n: Node) -> torch.Tensor | None:
         experts = r.ranges.below(r.tape.value.get(n.args[0]))
         with unset_fake_temporarily():
             return None if experts is None else torch.arange(experts)
+    if _ordered(r, n):
+        with unset_fake_temporarily():
+            return None if value is None else torch.arange(value.shape[0])
     if name in _SAME_LIST and n.args and isinstance(n.args[0], Node):
         if name == "getitem" and name_of(n.args[0]) in ("nonzero", "where"):
             return _hit(r, n.args[0])
@@ -92,6 +100,18 @@ def _all_of(r: Recorder, mask: Node, one_column: bool) -> torch.Tensor | None:
     with unset_fake_temporarily():
         every = torch.arange(value.shape[0])
         return every.unsqueeze(1) if one_column else every
+
+
+def _ordered(r: Recorder, n: Node) -> bool:
+    """All experts in an order of their counts: each comes once, and sums do not tell in which order."""
+    if name_of(n) == "getitem" and n.args[1] == 1 and isinstance(n.args[0], Node) and name_of(n.args[0]) == "sort":
+        n = n.args[0]
+    elif name_of(n) != "argsort":
+        return False
+    counted = n.args[0] if n.args else None
+    value = r.tape.value.get(counted) if isinstance(counted, Node) else None
+    whole = isinstance(value, torch.Tensor) and value.dim() == 1 and isinstance(value.shape[0], int)
+    return whole and counts(counted, r.tape.value.get)  # type: ignore[arg-type]
 
 
 def _viewed(n: Node, name: str, source: torch.Tensor) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
@@ -11,6 +12,7 @@ from torch.fx import Node
 from moe_compile.probing.contents import Rows, number
 from moe_compile.probing.emptiness import name_of
 from moe_compile.probing.errors import NotProbed, users_frame, where
+from moe_compile.probing.numbers import of_data
 
 if TYPE_CHECKING:
     from moe_compile.probing.recorder import Recorder
@@ -34,6 +36,38 @@ def plain_index(r: Recorder, index: Any) -> Any:
     if isinstance(index, list) and index and all(isinstance(i, torch.SymInt) for i in index):
         raise NotProbed(f"{where(users_frame())}: a list of numbers of the data is an index")
     return index
+
+
+def chosen_element(r: Recorder, t: torch.Tensor, index: Any) -> torch.Tensor | None:
+    """t[i] for a number i that the data tells, by a tensor of one number, which nobody asks for."""
+    parts = index if isinstance(index, tuple) else (index,)
+    found = [number_of_data(r, p) if r.loops or isinstance(p, torch.SymInt) else None for p in parts]
+    if all(f is None for f in found):
+        return None
+    if any(f is None and type(p) is not int and not isinstance(p, slice) for f, p in zip(found, parts)):
+        raise NotProbed(f"{where(users_frame())}: an index of several kinds, one of them a number that only the data tells")
+    with r:
+        for d, (i, p) in reversed(list(enumerate(zip(found, parts)))):
+            front = (slice(None),) * d
+            if i is not None:
+                at = (*front, i.reshape(1))
+                t = t[at].squeeze(d)
+            elif p != slice(None):
+                at = (*front, p)
+                t = t[at]
+    return t
+
+
+def number_of_data(r: Recorder, p: Any) -> torch.Tensor | None:
+    """The tensor of one number whose value is an index, where only the data tells it."""
+    if isinstance(p, torch.Tensor) and not p.dim() and p.dtype is torch.int64 and p not in r.constants:
+        return p
+    if not isinstance(p, torch.SymInt) or not of_data(p):
+        return None
+    found = r.tape.source(p.node.expr)
+    if found is None:
+        raise NotProbed(f"{where(users_frame())}: an index computed from the token's number, or from what the data tells")
+    return found
 
 
 # ---------------------------------------------------------------- masks
@@ -70,6 +104,15 @@ def first_rows(r: Recorder, t: torch.Tensor, index: Any) -> torch.Tensor | None:
         with r:
             r.cuts[key] = torch.where(mask & (mask.reshape(-1).cumsum(0).view(mask.shape) <= index.stop))
     return r.cuts[key][found[1]]
+
+
+def cut_to(r: Recorder, t: torch.Tensor, index: Any, out: torch.Tensor) -> None:
+    """t[:6] has 6 rows where there are as many: then that is a condition of the program."""
+    for d, p in enumerate(index if isinstance(index, tuple) else (index,)):
+        if not isinstance(p, slice) or d >= min(t.dim(), out.dim()):
+            return
+        if type(p.stop) is int and p.stop > 0 and isinstance(t.shape[d], torch.SymInt) and type(out.shape[d]) is int:
+            r.numbers.conditions[sympy.Ge(t.shape[d].node.expr, p.stop)] = True
 
 
 def _from_the_first(index: Any) -> bool:

@@ -38,7 +38,7 @@ class Numbers(ShapeEnv):
         if not self.answering or kwargs.get("fallback_value") is not None or not asked_by_user():
             return super().evaluate_expr(orig_expr, *args, **kwargs)
         if any(_of_data(s) for s in orig_expr.free_symbols):
-            return sympy.true if self._not_empty(orig_expr) else sympy.false
+            return sympy.true if self.not_empty(orig_expr) else sympy.false
         answer = super().evaluate_expr(orig_expr, *args, **kwargs)
         if orig_expr.free_symbols and (isinstance(orig_expr, sympy.logic.boolalg.Boolean) or orig_expr.is_Relational):
             self.conditions[orig_expr] = bool(answer)
@@ -46,7 +46,7 @@ class Numbers(ShapeEnv):
             self.conditions[sympy.Eq(orig_expr, answer)] = True
         return answer
 
-    def _not_empty(self, question: sympy.Basic) -> bool:
+    def not_empty(self, question: sympy.Basic) -> bool:
         """The answer to "is it empty?", for which the number is taken to be at least one."""
         answer, place = emptiness(question), where(users_frame())
         told = "where no rows are left, what is skipped adds nothing"
@@ -66,16 +66,29 @@ def _of_data(s: sympy.Symbol) -> bool:
     return symbol_is_type(s, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT))
 
 
+def of_data(n: torch.SymInt | torch.SymFloat) -> bool:
+    """Is it a number that only the data tells, or computed from one?"""
+    return any(_of_data(s) for s in n.node.expr.free_symbols)
+
+
 def emptiness(question: sympy.Basic) -> bool | None:
-    """What a question of the form "is it (not) empty?" says of a number above zero; None for other questions."""
+    """What a question of the form "is it (not) empty?" says of a number above zero; None for other questions.
+
+    `start == end` is one, where the end is the start and such a number.
+    """
     if not isinstance(question, sympy.core.relational.Relational):
         return None
-    left, right, kind = question.lhs, question.rhs, question.rel_op
-    if isinstance(left, sympy.Integer):
-        left, right, kind = right, left, {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(kind, kind)
-    if not isinstance(left, sympy.Symbol) or not isinstance(right, sympy.Integer):
+    more, counted = (question.lhs - question.rhs).as_coeff_Add()
+    sign, symbol = counted.as_coeff_Mul()
+    if not isinstance(symbol, sympy.Symbol) or sign not in (1, -1) or not more.is_Integer:
         return None
-    return {("==", 0): False, ("!=", 0): True, (">", 0): True, (">=", 1): True, ("<=", 0): False, ("<", 1): False}.get((kind, int(right)))
+    kind, limit = question.rel_op, int(-sign * more)
+    if sign < 0:
+        kind = _TURNED.get(kind, kind)
+    return {("==", 0): False, ("!=", 0): True, (">", 0): True, (">=", 1): True, ("<=", 0): False, ("<", 1): False}.get((kind, limit))
+
+
+_TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
 def many(question: sympy.Basic) -> bool | None:
@@ -84,7 +97,7 @@ def many(question: sympy.Basic) -> bool | None:
         return None
     left, right, kind = question.lhs, question.rhs, question.rel_op
     if not isinstance(left, sympy.Symbol) or not _of_data(left):
-        left, right, kind = right, left, {"<": ">", ">": "<", "<=": ">=", ">=": "<="}.get(kind, kind)
+        left, right, kind = right, left, _TURNED.get(kind, kind)
     if not isinstance(left, sympy.Symbol) or not _of_data(left) or any(_of_data(s) for s in right.free_symbols):
         return None
     if isinstance(right, sympy.Integer) and int(right) > LARGEST_LIMIT:
@@ -117,6 +130,20 @@ def _type(real: type) -> Any:
     return _Type(real.__name__, (), {"real": real})
 
 
+class _SetType(type):
+    """set, which also knows lists of ids as long as the data tells."""
+
+    def __call__(cls, *args: Any) -> Any:
+        different = getattr(args[0], "different", None) if len(args) == 1 and isinstance(args[0], list) else None
+        return set(*args) if different is None else different()
+
+    def __instancecheck__(cls, x: Any) -> bool:
+        return isinstance(x, set)
+
+    def __subclasscheck__(cls, c: type) -> bool:
+        return issubclass(c, set)
+
+
 def _extreme(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
     def extreme(*args: Any, **kwargs: Any) -> Any:
         numbers = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
@@ -147,16 +174,21 @@ _SHIMS: dict[str, Any] = {
     "max": _extreme(max, torch.sym_max),
     "min": _extreme(min, torch.sym_min),
     "len": _len,
+    "set": _SetType("set", (), {}),
 }
 
 
 @contextlib.contextmanager
-def whole_numbers(module: nn.Module) -> Iterator[None]:
-    """Within, `int(n)`, `max(n, 4)` and the like keep symbols in the files that the module's classes are written in."""
+def whole_numbers(module: nn.Module, more: dict[str, Any]) -> Iterator[None]:
+    """Within, `int(n)`, `max(n, 4)` and the like keep symbols in the files that the module's classes are written in.
+
+    more: other such functions.
+    """
+    shims = {**_SHIMS, **more}
     homes = {base.__module__ for m in module.modules() for base in type(m).__mro__}
     with contextlib.ExitStack() as stack:
         for name in sorted(homes):
             home = sys.modules.get(name)
             if home is not None and name.partition(".")[0] not in ("torch", "builtins", "moe_compile"):
-                stack.enter_context(mock.patch.dict(vars(home), {n: f for n, f in _SHIMS.items() if n not in vars(home)}))
+                stack.enter_context(mock.patch.dict(vars(home), {n: f for n, f in shims.items() if n not in vars(home)}))
         yield

@@ -261,7 +261,7 @@ def _tensor_tests(path: str, value: torch.Tensor, r: Recording, i: int, scope: d
 
 
 def _condition(e: sympy.Basic, answer: bool, r: Recording) -> str:
-    return f"({_number(e, r)}) == {answer}"
+    return f"({_number(e, r)})" if answer else f"not ({_number(e, r)})"
 
 
 def _number(e: sympy.Basic, r: Recording) -> str:

@@ -7,7 +7,9 @@ wholes. What Python wants to know of a tensor's contents is answered where it is
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -26,10 +28,36 @@ from moe_compile.probing.recording import Recording
 from moe_compile.probing.shadow import example_shapes, faked, shadow_of, tensors_of
 from moe_compile.probing.state import left_behind, state_of
 from moe_compile.probing.tape import Tape
+from moe_compile.probing.tokens import shims
 
 
 def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], flat: bool = False) -> Recording:
-    """Run `forward` on a shadow of the module and of its arguments. flat: submodules from within. Raises NotProbed."""
+    """Run `forward` on a shadow of the module and of its arguments. flat: submodules from within. Raises NotProbed.
+
+    Loops over sizes of the inputs may be ones over tokens, which all do the same, or may be good for these sizes alone.
+    """
+    tried = _Tried()
+    try:
+        return _record(module, forward, args, kwargs, flat, "sizes", tried)
+    except NotProbed:
+        if not (tried.looped or tried.unrolled):
+            raise
+        with contextlib.suppress(NotProbed):
+            return _record(module, forward, args, kwargs, flat, "any" if tried.unrolled else "none", tried)
+        raise
+
+
+@dataclass
+class _Tried:
+    """looped: there was a loop over tokens. unrolled: an expert was chosen by data outside of one."""
+
+    looped: bool = False
+    unrolled: bool = False
+
+
+def _record(
+    module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], flat: bool, loops: str, tried: _Tried
+) -> Recording:
     numbers, reads = Numbers(), Reads()
     fake = FakeTensorMode(shape_env=numbers, allow_non_fake_inputs=False, static_shapes=False)
     fake.cache_enabled = False  # each expert has a number of rows of its own: filling the cache takes as long as the calls
@@ -38,7 +66,7 @@ def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: 
     inputs, spec = tree_flatten((args, kwargs))
     mine, sources = _placeholders(tape, inputs, fake)
     a, k = tree_unflatten(list(mine), spec)
-    recorder = Recorder(numbers, tape, shadow, entering=lambda m: reads.run(type(m).forward), flat=flat)
+    recorder = Recorder(numbers, tape, shadow, entering=lambda m: reads.run(type(m).forward), flat=flat, loops=loops)
     done = Recording(
         tape.graph, None, tape.lines, tape.file, numbers, mine, sources, reads=reads, classes=recorder.classes, values=tape.value
     )
@@ -47,8 +75,8 @@ def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: 
     outside = marks(places)
     noted = reads.watching(forward, lambda m: names.get(id(m)) if recorder.on else None)
     with outside_put_back(shadow):
-        with torch.enable_grad(), fake, listening(recorder), whole_numbers(module), noted, recorder:
-            out = _run(recorder, forward, shadow, a, k)
+        with torch.enable_grad(), fake, listening(recorder), whole_numbers(module, shims(recorder)), noted, recorder:
+            out = _run(recorder, forward, shadow, a, k, tried)
             grad, outside_after = torch.is_grad_enabled(), marks(places)  # before `whole_numbers` puts the files' globals back
         done.rebound = before.rebound(tape)
         changed = [n for n in left_behind(state, state_of(shadow, (a, k))) if n not in done.rebound]
@@ -76,16 +104,20 @@ def _placeholders(tape: Tape, inputs: list[Any], fake: FakeTensorMode) -> tuple[
     return mine, sources
 
 
-def _run(recorder: Recorder, forward: Callable[..., Any], shadow: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _run(recorder: Recorder, forward: Callable[..., Any], shadow: nn.Module, args: tuple, kwargs: dict[str, Any], tried: _Tried) -> Any:
     recorder.on = recorder.numbers.answering = True
     try:
-        return forward(shadow, *args, **kwargs)
+        out = forward(shadow, *args, **kwargs)
+        if recorder.loops:
+            raise NotProbed("a loop over tokens ends before its last one")
+        return out
     except NotProbed:
         raise
     except Exception as e:
         raise NotProbed(_why(e)) from e
     finally:
         recorder.on = recorder.numbers.answering = False
+        tried.looped, tried.unrolled = recorder.looped, recorder.unrolled
 
 
 class _Before:

@@ -16,11 +16,12 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing import contents, counting, hit
+from moe_compile.probing import contents, counting, hit, tokens
+from moe_compile.probing.chosen import choosing
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
 from moe_compile.probing.fakes import called
-from moe_compile.probing.indices import first_rows, flat, is_mask, plain_index
+from moe_compile.probing.indices import chosen_element, cut_to, first_rows, flat, is_mask, plain_index
 from moe_compile.probing.numbers import Numbers
 from moe_compile.probing.ranges import Ranges
 from moe_compile.probing.reads import opens
@@ -50,8 +51,11 @@ class _Decided:
 class Recorder(TorchFunctionMode):
     """on: whether calls are written down. entering: to be told of submodules that are recorded from within; `flat`: all that can be."""
 
-    def __init__(self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None], flat: bool = False) -> None:
+    def __init__(
+        self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None], flat: bool = False, loops: str = "sizes"
+    ) -> None:
         super().__init__()
+        self.over_tokens = loops  # which loops are ones over tokens: over "sizes" of inputs, "any" that no other stands around, "none"
         self.flat = flat
         self.numbers, self.tape, self.root, self.entering = numbers, tape, root, entering
         self.constants, self.ranges = Constants(), Ranges()
@@ -62,6 +66,9 @@ class Recorder(TorchFunctionMode):
         self.cuts: dict[tuple[Node, str], Any] = {}  # (mask, limit) -> the first rows where it holds
         self.items: dict[Node, list[Any]] = {}  # counts -> them as numbers
         self.padded: dict[Node, tuple[int, torch.Tensor]] = {}  # counts with so many zeros before them -> them
+        self.loops: list[tokens.Loop] = []  # over tokens, that are open
+        self.waiting: tokens.Loop | None = None  # that has not begun
+        self.looped = self.unrolled = False  # were there any; was an expert chosen by data without one
 
     # ------------------------------------------------------------ torch calls
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -84,6 +91,12 @@ class Recorder(TorchFunctionMode):
                 return args[0][e : e + 1].clone()
         if name in ("__getitem__", "getitem") and (cut := first_rows(self, args[0], args[1])) is not None:
             return cut
+        if self.loops and name in _ELEMENT_INDEX and (at := tokens.place(self, args[1])) is not None:
+            return tokens.write(self, args[0], at, args[2]) if "set" in name else tokens.read(self, args[0], at)
+        if self.looped and (every := tokens.stacked(self, name, args, kwargs)) is not None:
+            return every
+        if name in ("__getitem__", "getitem") and (element := chosen_element(self, args[0], args[1])) is not None:
+            return element
         if name in _ELEMENT_INDEX and is_mask(args[1]) and (both := flat(self, args[0], args[1], name)) is not None:
             args = (*both, *args[2:])
         elif name in _ELEMENT_INDEX:
@@ -102,6 +115,8 @@ class Recorder(TorchFunctionMode):
     def call(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Make the call, and write it down."""
         out = called(func, name, args, kwargs)
+        if name in ("__getitem__", "getitem"):
+            cut_to(self, args[0], args[1], out)
         if name in ("__setitem__", "setitem"):
             self.constants.forget(args[0])
             self.tape.add("call_function", operator.setitem, self.tape.written(args))
@@ -195,5 +210,6 @@ def listening(r: Recorder) -> Iterator[None]:
         mock.patch.object(FakeTensor, "tolist", recorded_list),
         mock.patch.object(torch.autograd.Function, "apply", no_function),
         autocast_marked(r),
+        choosing(r),
     ):
         yield

@@ -28,6 +28,8 @@ class Tape:
         self._origins: dict[sympy.Symbol, Node | Callable[[], Node]] = {}
         self._formulas: dict[sympy.Basic, Any] = {}
         self._steps: dict[Any, Node] = {}
+        self.numbers: dict[Node, Any] = {}  # a number's node -> the symbolic number
+        self.gone: dict[int, Node | None] = {}  # id of what one token computed in a loop that is over -> what all of them did
 
     # ------------------------------------------------------------ nodes
     def add(self, op: str, target: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Node:
@@ -68,6 +70,8 @@ class Tape:
         return id(t) in self._nodes
 
     def node(self, t: torch.Tensor) -> Node:
+        if id(t) in self.gone:
+            raise NotProbed(f"{where(users_frame())}: what the last token of a loop over tokens has computed is used behind it")
         if not self.holds(t):
             name = self.names.get(id(t))
             if name is None:
@@ -88,13 +92,24 @@ class Tape:
         found = self._origins.get(s)
         return found if isinstance(found, Node) else None
 
+    def source(self, s: sympy.Symbol) -> torch.Tensor | None:
+        """The tensor of one element whose number the symbol is."""
+        n = self.origin(s)
+        found = self.value.get(n.args[0]) if n is not None and n.args else None  # type: ignore[arg-type]
+        return found if isinstance(found, torch.Tensor) else None
+
+    def symbols(self, name: str) -> list[sympy.Symbol]:
+        return [s for s in self._origins if s.name == name]
+
     def number(self, s: Any) -> Any:
         """A symbolic number as nodes."""
         e = s.node.expr
         if e.is_number:
             return int(e) if isinstance(s, torch.SymInt) else float(e)
         if e not in self._formulas:
-            self._formulas[e] = formulas.written(e, self._symbol, lambda f, args: self._folded(f, args))
+            self._formulas[e] = found = formulas.written(e, self._symbol, lambda f, args: self._folded(f, args))
+            if isinstance(found, Node):
+                self.numbers[found] = s
         return self._formulas[e]
 
     def _symbol(self, x: sympy.Symbol) -> Node:
@@ -110,6 +125,30 @@ class Tape:
         if (f, args) not in self._steps:
             self._steps[f, args] = self.add("call_function", f, args)
         return self._steps[f, args]
+
+    # ------------------------------------------------------------ what a loop over tokens leaves
+    def forget(self, nodes: list[Node]) -> None:
+        """Take nodes away that nothing else needs."""
+        away = set(nodes)
+        for n in reversed(nodes):
+            self.graph.erase_node(n)
+            for table in (self.value, self.lines, self.numbers):
+                table.pop(n, None)  # type: ignore[attr-defined]
+        self.gone.update({key: None for key, n in self._nodes.items() if n in away and key not in self.gone})
+        self.gone = {key: None if n in away else n for key, n in self.gone.items()}
+        for known in (self._nodes, self._origins, self._formulas, self._steps):
+            for key in [key for key, n in known.items() if isinstance(n, Node) and n in away]:  # type: ignore[attr-defined]
+                del known[key]  # type: ignore[attr-defined]
+
+    def alone(self, t: torch.Tensor) -> bool:
+        """Made here, and its memory under no other name."""
+        memory = t.untyped_storage()._cdata
+        others = [k for k in self._keep if k is not t and id(k) not in self.gone and k.untyped_storage()._cdata == memory]
+        return self.node(t).op.startswith("call") and not others
+
+    def renamed(self, t: torch.Tensor, n: Node) -> None:
+        """From now on, node n holds the tensor."""
+        self._nodes[id(t)], self.value[n] = n, t
 
     def written(self, x: Any) -> Any:
         """An argument with nodes for tensors and symbols."""

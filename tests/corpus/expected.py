@@ -34,7 +34,6 @@ STYLE_LEFT: dict[str, str] = {
 
 # One graph, but not this formula or beyond the calculus: name -> what the reason says.
 STYLE_REFUSED: dict[str, str] = {
-    "blog_per_token_loop": "no routing decision",
     "expert_choice": "several sums over experts",
     "hf_doge_cdmoe": "no routing decision",
     "expert_norm_inside": "not a linear layer of the selected expert",

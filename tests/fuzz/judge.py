@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fuzz.mistakes import ROUNDING
 from fuzz.source import Pair, source
-from fuzz.spec import H, Spec
+from fuzz.spec import PLAIN, H, Spec
 
 ROUTINGS = ("random", "to_one", "without_one")
 BAD = ("WRONG", "CRASH", "INVALID")
@@ -54,7 +54,14 @@ def judge(s: Spec) -> Verdict:
         _forget_refusals()
     if bad:
         return Verdict(s, *bad)
+    if report.rewritten and (done := _slots_rewritten(report)) < s.top_k and s.mistake == PLAIN:
+        return Verdict(s, "refused", f"{done} of {s.top_k} slots are rewritten")
     return Verdict(s, "rewritten") if report.rewritten else Verdict(s, "refused", _why(report))
+
+
+def _slots_rewritten(report: Any) -> int:
+    """In the graph where the most are."""
+    return max(sum(r.top_k or 0 for r in g.regions if r.rewritten) for g in report.graphs)
 
 
 def _forget_refusals() -> None:
