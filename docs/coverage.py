@@ -2,6 +2,7 @@
 
     python docs/coverage.py            all of it (some minutes)
     python docs/coverage.py NAME ...   print these rows only
+    python docs/coverage.py --zoo PAGE the models that the installed transformers has, whichever that is, to a page of their own
 
 Each row compiles with inner="eager" and compares with eager: values, and for styles gradients.
 """
@@ -165,6 +166,28 @@ def document() -> str:
     return "\n".join(parts)
 
 
+def of_installed() -> str:
+    """A page of the zoo's models in the transformers that is installed: older ones write the same families otherwise."""
+    import transformers
+
+    rows, absent = [], {}
+    for name in hf_zoo.ZOO:
+        try:
+            model, kwargs = hf_zoo.ZOO[name]()
+            with torch.no_grad():
+                model(**kwargs)
+        except Exception as e:  # noqa: BLE001  written for another version
+            absent[name] = "no such model" if isinstance(e, ImportError) else f"{type(e).__name__}: {e}"
+        else:
+            rows.append(progress(name, _zoo_row(name, model, kwargs)))
+    other = [f"- `{name}`: {shorten(why)}" for name, why in absent.items() if why != "no such model"]
+    gone = ", ".join(name for name, why in absent.items() if why == "no such model")
+    title = f"transformers {transformers.__version__}"
+    head = f"Written by `python docs/coverage.py --zoo {sys.argv[2]}`, in an environment of its own with {title}.\n"
+    left = ["", "Not built, or not run, by the zoo, which is written for the newest version:", "", *other] if other else []
+    return "\n".join([head, section(title, rows), *left, "", f"Not there yet: {gone}.", ""])
+
+
 def row_of(name: str) -> Row:
     return zoo_row(name) if name.removesuffix(EAGER) in hf_zoo.ZOO else style_row(name)
 
@@ -178,7 +201,9 @@ def parse(text: str) -> dict[str, tuple[str, str]]:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
-    if sys.argv[1:]:
+    if sys.argv[1:2] == ["--zoo"]:
+        Path(sys.argv[2]).write_text(of_installed())
+    elif sys.argv[1:]:
         print(*map(row_of, sys.argv[1:]), sep="\n")
     else:
         TARGET.write_text(document())

@@ -177,7 +177,9 @@ class _Search:
         device = value.meta["val"].device.type
         trace.autocast_at_root = device if torch.is_autocast_enabled(device) else None
         now = {m: a for m in [*trace.inputs, *trace.ran] if isinstance(a := trace.now(m), Node)}
-        return MoERegion(self.decision, formula, n, target, list(trace.ran), list(trace.inputs), trace, self.interp, value, now)
+        read = {a for m in trace.ran for a in m.all_input_nodes}
+        inputs = [m for m in trace.inputs if m in read or callee(m) == "_enter_autocast"]  # what comes behind the block may read others
+        return MoERegion(self.decision, formula, n, target, list(trace.ran), inputs, trace, self.interp, value, now)
 
     def reasons(self) -> list[str]:
         it = self.interp

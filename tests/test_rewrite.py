@@ -460,6 +460,18 @@ def test_one_of_two_blocks_refused_leaves_the_other_rewritten():
     assert [r.rewritten for r in c.report.regions].count(True) >= 1
 
 
+def test_what_is_read_behind_the_block_alone_is_no_input_of_it():
+    """Of a size that only the data tells, say: no random input of it can be made to check the rewrite with."""
+
+    def forward(self, x):
+        table = torch.arange(x.argmax().item() + 1).unsqueeze(-1) * torch.ones(H)
+        w, ids = self.route(x)
+        return self.loop(x, w, ids) + table.sum(0).tanh()
+
+    report = rewrite(graph_of(block(forward), tokens()))
+    assert [r.reason for r in report.regions] == [None]
+
+
 def test_a_block_in_a_branch_that_is_not_used_changes_nothing():
     def forward(self, x):
         self.loop(x, *self.route(x))

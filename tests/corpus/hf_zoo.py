@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import os
 import re
 import zlib
@@ -64,7 +65,9 @@ class Spec:
 
 
 def _cfg_fields(cls):
-    return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    if dataclasses.is_dataclass(cls):
+        return {f.name for f in dataclasses.fields(cls)}
+    return set(inspect.signature(cls.__init__).parameters)              # before transformers 5
 
 
 def _module(spec, kind):
