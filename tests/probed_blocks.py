@@ -137,6 +137,28 @@ class RunningTensors(RunningEnds):
         return flat.bincount(minlength=E).cumsum(0)
 
 
+class CastsItsRouter(Block):
+    """To the dtype that it has."""
+
+    def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        self.gate = self.gate.to(torch.float32)
+        return super().route(x_TH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for e in hits(ids):
+            self.add(out, x, w, ids, int(e))
+        return out
+
+
+class CastsToAnother(CastsItsRouter):
+    def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        self.gate = self.gate.to(torch.float64 if self.gate.weight.dtype is torch.float32 else torch.float32)
+        w, ids = torch.topk(self.gate(x_TH.to(self.gate.weight.dtype)).softmax(-1), K, dim=-1)
+        return w.to(x_TH.dtype), ids
+
+
 class AnyMask(Block):
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(x)
@@ -505,7 +527,8 @@ FACTOR = 1.0
 
 REWRITTEN = {
     "without_gradients": WithoutGradients, "hit_loop": HitLoop, "unique_loop": UniqueLoop, "any_mask": AnyMask, "counter": Counter,
-    "set_loop": SetLoop, "busiest_first": BusiestFirst, "running_ends": RunningEnds, "running_tensors": RunningTensors,
+    "casts_its_router": CastsItsRouter, "set_loop": SetLoop, "busiest_first": BusiestFirst, "running_ends": RunningEnds,
+    "running_tensors": RunningTensors,
 }  # fmt: skip
 OTHERS = {
     "by_length": ByLength,
@@ -532,6 +555,7 @@ _BLOCKS = {
     "all_but_last_hit": (AllButLastHit, "for some routing"),
     "stops_at_gap": (StopsAtGap, "for some routing"),
     "by_value": (ByValue, "Python decides by a tensor's contents"),
+    "casts_to_another": (CastsToAnother, "the forward casts a module"),
     "remembers": (Remembers, "leaves something behind in calls"),
     "some_empty": (SomeEmpty, "Python decides by a tensor's contents"),
     "all_hit": (AllHit, "Python decides by a tensor's contents"),

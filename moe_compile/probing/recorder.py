@@ -191,7 +191,7 @@ def _leaves(out: Any) -> list[Any]:
 @contextlib.contextmanager
 def listening(r: Recorder) -> Iterator[None]:
     """Within, the recorder also hears of what does not pass through torch functions."""
-    call, tolist = nn.Module.__call__, FakeTensor.tolist
+    call, tolist, to = nn.Module.__call__, FakeTensor.tolist, nn.Module.to
 
     def module_call(m: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return r.call_module(call, m, args, kwargs)
@@ -202,11 +202,23 @@ def listening(r: Recorder) -> Iterator[None]:
         with _pop_mode_temporarily():  # as in a torch call that the mode sees
             return contents.tolist(r, None, (self,), {})
 
+    def cast(m: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """A cast to the dtype that the module has already (Switch's router) changes nothing."""
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        every = [*m.parameters(), *m.buffers()]
+        same = all((t.device == device or not device) and (t.dtype == dtype or not dtype or not t.is_floating_point()) for t in every)
+        if not any(id(t) in r.tape.names for t in every):
+            return to(m, *args, **kwargs)
+        if layout is not None or not same:
+            raise NotProbed(f"{where(users_frame())}: the forward casts a module")
+        return m
+
     def no_function(*_: Any, **__: Any) -> Any:
         raise NotProbed(f"{where(users_frame())}: an autograd.Function of its own")
 
     with (
         mock.patch.object(nn.Module, "__call__", module_call),
+        mock.patch.object(nn.Module, "to", cast),
         mock.patch.object(FakeTensor, "tolist", recorded_list),
         mock.patch.object(torch.autograd.Function, "apply", no_function),
         autocast_marked(r),
