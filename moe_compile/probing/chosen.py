@@ -25,27 +25,33 @@ class Chosen:
         self._r, self._parts, self._ids = r, parts, ids
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._picked([part(*args, **kwargs) for part in self._parts])
+        key = tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in (*self._parts, *args))
+        known = self._r.stacked.get(key) if not kwargs else None  # another slot of the same token
+        every = known[0] if known is not None else self._every([part(*args, **kwargs) for part in self._parts])
+        if not kwargs:
+            self._r.stacked[key] = every, self._parts, args
+        return self._picked(every)
 
     def __getattr__(self, name: str) -> Any:
         found = [getattr(part, name) for part in self._parts]
         if all(isinstance(f, torch.Tensor) for f in found):
-            return self._picked(found)
+            return self._picked(self._every(found))
         if all(callable(f) for f in found):
             return Chosen(self._r, found, self._ids)
         if all(type(f) is type(found[0]) and f == found[0] for f in found):
             return found[0]
         raise NotProbed(f"{where(users_frame())}: {name} of the expert that the data chooses")
 
-    def _picked(self, each: list[Any]) -> torch.Tensor:
-        """[i = 0] y_0 + [i = 1] y_1 + ..."""
+    def _every(self, each: list[Any]) -> torch.Tensor:
+        """[E, ...] what each expert gives."""
         if any(not isinstance(y, torch.Tensor) or y.shape != each[0].shape or not y.is_floating_point() for y in each):
             raise NotProbed(f"{where(users_frame())}: experts that do not all give one tensor of numbers of the same shape")
-        with self._r:
-            out = torch.where(self._ids == 0, each[0], 0.0)
-            for e, y in enumerate(each[1:], 1):
-                out = out + torch.where(self._ids == e, y, 0.0)
-        return out
+        return torch.stack(each)
+
+    def _picked(self, every: torch.Tensor) -> torch.Tensor:
+        """The chosen one's, of [E, ...]."""
+        chosen = torch.arange(every.shape[0], device=every.device) == self._ids
+        return torch.where(chosen.view(-1, *(1,) * (every.dim() - 1)), every, 0.0).sum(0)
 
 
 @contextlib.contextmanager
@@ -75,8 +81,7 @@ def _chosen(r: Recorder, parts: list[Any], ids: torch.Tensor) -> Any:
         r.unrolled = True
         raise NotProbed(f"{where(users_frame())}: which expert runs is decided by the data, and not for each token in a loop over tokens")
     if all(isinstance(p, torch.Tensor) for p in parts):
-        with r:
-            return torch.stack(parts[:below])[ids.reshape(1)].squeeze(0)
+        return torch.stack(parts[:below])[ids.reshape(1)].squeeze(0)
     return Chosen(r, parts[:below], ids)
 
 

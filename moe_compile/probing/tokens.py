@@ -58,6 +58,7 @@ class Loop:
         if self.r.loops[-1:] != [self]:
             raise NotProbed(f"{where(users_frame())}: a loop over tokens ends before one that stands in it")
         self.r.loops.pop()
+        self.r.stacked.clear()  # it holds rows of this loop
         self.over = True
         batch(self.r, self)
 

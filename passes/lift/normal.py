@@ -124,12 +124,14 @@ def spread(expr: Expr) -> Expr:
 
 
 def _spread(t: Expr) -> list[Expr]:
-    if t.op == "sum" and len(parts := [p for each in terms(t.args[1]) for p in _spread(each)]) > 1:
-        return [raw("sum", t.args[0], p) for p in parts] if any(_arm(f) for p in parts for f in factors(p)) else [t]
+    if t.op == "sum":
+        parts = [p for each in terms(t.args[1]) for p in _spread(each)]
+        spread_out = len(parts) > 1 and any(_arm(f) for p in parts for f in factors(p))
+        return [raw("sum", t.args[0], p) for p in parts] if spread_out or (len(parts) == 1 and parts[0] is not t.args[1]) else [t]
     parts = [_stacked(f) if f.op == "sel" else f for f in factors(t)]
     sums = [f for f in parts if _sums_arms(f)]
     if len(sums) != 1 or t is sums[0]:
-        return [t]
+        return [t] if parts == factors(t) else [mul(*parts)]
     others = [f for f in parts if f is not sums[0]]
     return [mul(*others, part) for part in sums[0].args]
 
@@ -139,8 +141,8 @@ def _sums_arms(e: Expr) -> bool:
 
 
 def _stacked(e: Expr) -> Expr:
-    """Sums over experts of slots that were written out and stacked: one of the slot's number."""
-    return select(*e.args) if all(_sums_arms(part) for part in e.args[1:]) else e
+    """What slots give that were written out and stacked: one expression of the slot's number, where they are alike."""
+    return select(*e.args) if all(any(map(is_id, loads(part))) for part in e.args[1:]) else e
 
 
 def gather_experts(expr: Expr, first: First | None = None, rows: Sequence[Var] = ()) -> tuple[Expr | None, list[Expr]]:
