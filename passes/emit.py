@@ -133,6 +133,8 @@ class Emitter:
             if is_const(idx[i]):
                 node = self.method("select", node, i, idx[i].args[0])
                 del idx[i], sizes[i]
+            elif isinstance(idx[i], Var) and _fewer(idx[i].size, sizes[i]):  # the first choices of a sorted row
+                node, sizes[i] = self.method("narrow", node, i, 0, idx[i].size), idx[i].size
         if len(idx) == 1 and not isinstance(idx[0], Var) and idx[0].op != "mix":  # a value per expert
             return self.call(operator.getitem, node, self.matrix(idx[0], columns))
         if idx and not isinstance(idx[-1], Var) and idx[-1].op != "mix":
@@ -255,6 +257,10 @@ def _role(dim: Sequence[Digit]) -> str:
     """The one role of a parameter's dimension ("c" digits choose among output columns), "?" where it is merged from several."""
     roles = {"o" if d.role == "c" else d.role for d in dim}
     return roles.pop() if len(roles) == 1 else "?"
+
+
+def _fewer(n: Size, of: Size) -> bool:
+    return isinstance(n, int) and isinstance(of, int) and n < of
 
 
 def _flat(idx: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:

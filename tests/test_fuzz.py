@@ -27,6 +27,17 @@ FOUND = {
 }
 
 
+# What was left as it was once.
+LEFT = {
+    "sorted choices, token after token": Spec(spelling="tokens", router="sorted", storage="stack_io", first=1),
+    "sorted choices, slot after slot": Spec(router="argsorted", storage="params", head="slots", first=2, tokens=(6, 6)),
+    "one weight divided by itself": Spec(spelling="tokens", router="renormalised", top_k=1),
+    "start == end": Spec(spelling="sort_numpy", skip="any"),
+    "experts by names": Spec(spelling="tokens", storage="dict"),
+    "the busiest first": Spec(head="busiest_first"),
+}
+
+
 def test_random_blocks_mean_themselves():
     found = list(judged(drawn(100, sizes=CHEAP), jobs=2))
     bad = [v for v in found if v.bad]
@@ -38,6 +49,12 @@ def test_random_blocks_mean_themselves():
 def test_found_once(name):
     verdict = judge(FOUND[name])
     assert not verdict.bad, str(verdict)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_once(name):
+    verdict = judge(LEFT[name])
+    assert verdict.status == "rewritten", str(verdict)
 
 
 def test_wrong_program_would_be_told(monkeypatch):

@@ -78,7 +78,8 @@ def specs(draw: Any, sizes: Sizes = ALL) -> Spec:
 def edits(s: Spec) -> list[str]:
     """What may be changed after the compilation."""
     settings = s.router in ("scaled", "temperature") or s.mistake in SETTINGS
-    return [*(e for e in EDITS if e != "top_k" or s.router != "argmax_twice"), *(["settings"] * 3 if settings else [])]
+    fixed = s.router == "argmax_twice" or s.mistake == "ids_of_first_call"  # another number of slots is no block any more
+    return [*(e for e in EDITS if e != "top_k" or not fixed), *(["settings"] * 3 if settings else [])]
 
 
 def _loop(pick: Any) -> dict[str, Any]:
