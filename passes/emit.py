@@ -129,12 +129,12 @@ class Emitter:
     # ------------------------------------------------------------ elements of a tensor
     def _load(self, e: Expr, columns: tuple[Var, ...]) -> Node:
         node, idx, sizes = self._tensor(e)
-        for i in reversed(range(len(idx))):
-            if is_const(idx[i]):
-                node = self.method("select", node, i, idx[i].args[0])
+        for i, at in reversed(list(enumerate(idx))):
+            if is_const(at):
+                node = self.method("select", node, i, at.args[0])
                 del idx[i], sizes[i]
-            elif isinstance(idx[i], Var) and _fewer(idx[i].size, sizes[i]):  # the first choices of a sorted row
-                node, sizes[i] = self.method("narrow", node, i, 0, idx[i].size), idx[i].size
+            elif isinstance(at, Var) and _fewer(at.size, sizes[i]):  # the first choices of a sorted row
+                node, sizes[i] = self.method("narrow", node, i, 0, at.size), at.size
         if len(idx) == 1 and not isinstance(idx[0], Var) and idx[0].op != "mix":  # a value per expert
             return self.call(operator.getitem, node, self.matrix(idx[0], columns))
         if idx and not isinstance(idx[-1], Var) and idx[-1].op != "mix":
