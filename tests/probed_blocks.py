@@ -56,12 +56,17 @@ def hits(ids: Tensor) -> Tensor:
 
 
 class HitLoop(Block):
+    """A loop over the experts that are hit; `visited` says how it finds them."""
+
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.route(x)
         out = torch.zeros_like(x)
-        for e in hits(ids):
+        for e in self.visited(ids):
             self.add(out, x, w, ids, int(e))
         return out
+
+    def visited(self, ids: Tensor) -> Any:
+        return hits(ids)
 
 
 class WithoutGradients(Block):
@@ -79,22 +84,14 @@ class WithoutGradients(Block):
         return out
 
 
-class UniqueLoop(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in torch.unique(ids).tolist():
-            self.add(out, x, w, ids, e)
-        return out
+class UniqueLoop(HitLoop):
+    def visited(self, ids: Tensor) -> Any:
+        return torch.unique(ids).tolist()
 
 
-class SetLoop(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in sorted(set(ids.flatten().tolist())):
-            self.add(out, x, w, ids, e)
-        return out
+class SetLoop(HitLoop):
+    def visited(self, ids: Tensor) -> Any:
+        return sorted(set(ids.flatten().tolist()))
 
 
 class BusiestFirst(Block):
@@ -137,19 +134,12 @@ class RunningTensors(RunningEnds):
         return flat.bincount(minlength=E).cumsum(0)
 
 
-class CastsItsRouter(Block):
+class CastsItsRouter(HitLoop):
     """To the dtype that it has."""
 
     def route(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         self.gate = self.gate.to(torch.float32)
         return super().route(x_TH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for e in hits(ids):
-            self.add(out, x, w, ids, int(e))
-        return out
 
 
 class CastsToAnother(CastsItsRouter):

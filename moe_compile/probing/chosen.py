@@ -25,12 +25,11 @@ class Chosen:
         self._r, self._parts, self._ids = r, parts, ids
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        key = tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in (*self._parts, *args))
-        known = self._r.stacked.get(key) if not kwargs else None  # another slot of the same token
-        every = known[0] if known is not None else self._every([part(*args, **kwargs) for part in self._parts])
-        if not kwargs:
-            self._r.stacked[key] = every, self._parts, args
-        return self._picked(every)
+        used = (*self._parts, *args, *kwargs, *kwargs.values())
+        key = tuple((id(x), x._version if isinstance(x, torch.Tensor) else 0) for x in used)
+        if key not in self._r.stacked:  # else it is another slot of the same token
+            self._r.stacked[key] = self._every([part(*args, **kwargs) for part in self._parts]), used
+        return self._picked(self._r.stacked[key][0])
 
     def __getattr__(self, name: str) -> Any:
         found = [getattr(part, name) for part in self._parts]

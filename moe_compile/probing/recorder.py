@@ -66,7 +66,7 @@ class Recorder(TorchFunctionMode):
         self.cuts: dict[tuple[Node, str], Any] = {}  # (mask, limit) -> the first rows where it holds
         self.items: dict[Node, list[Any]] = {}  # counts -> them as numbers
         self.padded: dict[Node, tuple[int, torch.Tensor]] = {}  # counts with so many zeros before them -> them
-        self.stacked: dict[tuple, tuple[torch.Tensor, Any, Any]] = {}  # experts and what they read -> what they all give, and the two
+        self.stacked: dict[tuple, tuple[torch.Tensor, tuple]] = {}  # experts and what they read -> what they all give; kept with both
         self.loops: list[tokens.Loop] = []  # over tokens, that are open
         self.waiting: tokens.Loop | None = None  # that has not begun
         self.looped = self.unrolled = False  # were there any; was an expert chosen by data without one
