@@ -46,7 +46,7 @@ def abs_error(a: Tensor | None, b: Tensor | None) -> float:
     return float(((zero if a is None else a) - (zero if b is None else b)).abs().max())
 
 
-@pytest.mark.parametrize("name", ["Sharded", "Sequences", "SequencesAtRandom", "Masked"])
+@pytest.mark.parametrize("name", ["Sharded", "Sequences", "SequencesAtRandom", "Masked", "Overwritten"])
 def test_two_choices_are_rewritten(name):
     assert rewritten(getattr(blocks, name)(), inputs()) == 1
 
@@ -57,6 +57,12 @@ def test_two_choices_are_rewritten(name):
     ("Sequences", "renorm_after", True),
     ("Sequences", "second_never_dropped", False),
     ("Masked", "second_by_first", False),
+    ("Overwritten", "rows_kept", False),
+    ("Overwritten", "one_expert_less", True),
+    ("Overwritten", "rows_of_next", False),
+    ("Overwritten", "reads_tokens", True),
+    ("Overwritten", "added", False),
+    ("Overwritten", "largest", False),
 ])  # fmt: skip
 def test_near_misses_keep_their_meaning(name, mutation, known):
     """known: it is another formula of the same kind."""

@@ -13,7 +13,7 @@ from expressions import FEW, Grower, Pair, leaf, worlds
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moe_compile.passes.lift.algebra import ZERO_AT_ZERO, compare, eq, mul, negate, refresh, subst, sum_, unary
+from moe_compile.passes.lift.algebra import ZERO_AT_ZERO, compare, eq, mul, negate, refresh, subst, sum_, unary, where
 from moe_compile.passes.lift.expr import Enum, Refused, Var, alpha, const, fresh_table, is_const, raw, show
 
 
@@ -117,6 +117,38 @@ def test_sums_with_an_equation_in_their_variable(data, symbolic):
         return Pair(raw("sum", v, plain), sum_(v, mul(*[c.simple for c in tests], f.simple)))
 
     grown(data, symbolic, grow)
+
+
+@FEW
+@given(data=st.data())
+def test_sums_with_an_arm_for_each_value(data):
+    """sum_v where([v=2], a, where([v=0], b, c)), tests in any order, some twice, some missing."""
+
+    def grow(g, w):
+        v = Var(3)
+        pair = g.scalar(1, [*w.free, v])
+        for i in data.draw(st.lists(st.integers(0, 3), max_size=4)):
+            arm, test = g.scalar(1, [*w.free, v]), raw("eq", v, const(i))
+            pair = Pair(raw("where", test, arm.plain, pair.plain), where(eq(v, const(i)), arm.simple, pair.simple))
+        return Pair(raw("sum", v, pair.plain), sum_(v, pair.simple))
+
+    grown(data, False, grow)
+
+
+@FEW
+@given(data=st.data())
+def test_what_is_masked_by_the_test_that_does_not_hold(data):
+    """where(c, a, c b) and where(c, a, d b)."""
+
+    def grow(g, w):
+        c, d, e = (g.condition(1, w.free) for _ in range(3))
+        a, b = (g.scalar(1, w.free) for _ in range(2))
+        test = g.one_of([c, Pair(raw("mul", c.plain, e.plain), mul(c.simple, e.simple))])
+        masks = g.one_of([[c], [d], [c, e], [e, d]])
+        other = Pair(raw("mul", *[m.plain for m in masks], b.plain), mul(*[m.simple for m in masks], b.simple))
+        return Pair(raw("where", test.plain, a.plain, other.plain), where(test.simple, a.simple, other.simple))
+
+    grown(data, False, grow)
 
 
 @SYMBOLIC

@@ -468,6 +468,38 @@ def gathered_again(ids, x, w):
     return torch.zeros(T, E, dtype=w.dtype).scatter(1, ids, w).gather(1, ids)
 
 
+@opened
+def rows_replaced_in_a_masked_copy(ids, x, w):
+    """NLLB's layers: the copy is zero but for the rows that are replaced, on a dimension that is batch times sequence."""
+    b = 2 if T % 2 == 0 else 1
+    p = torch.zeros(T, E, dtype=w.dtype).scatter(1, ids, w.abs() + 1)
+    copy = torch.einsum("th,te->eth", x.view(b, T // b, -1).reshape(T, -1), (p != 0).to(x.dtype))
+    for e in range(E):
+        mine = p[:, e] != 0
+        copy[e, mine] = p[mine, e].unsqueeze(1) * copy[e, mine].sin()
+    return copy.sum(0)
+
+
+@near
+def rows_replaced_in_a_copy(ids, x, w):
+    p = torch.zeros(T, E, dtype=w.dtype).scatter(1, ids, w.abs() + 1)
+    copy = x.expand(E, T, -1).clone()
+    for e in range(E):
+        mine = p[:, e] != 0
+        copy[e, mine] = p[mine, e].unsqueeze(1) * copy[e, mine].sin()
+    return copy.sum(0)
+
+
+@near
+def rows_replaced_by_those_of_another_mask(ids, x, w):
+    p = torch.zeros(T, E, dtype=w.dtype).scatter(1, ids, w.abs() + 1)
+    copy = torch.einsum("th,te->eth", x, (p != 0).to(x.dtype))
+    for e in range(E):
+        mine = p[:, (e + 1) % E] != 0
+        copy[e, mine] = copy[e, mine].cos()
+    return copy.sum(0)
+
+
 @near
 def dense_weights_of_the_first_slot(ids, x, w):
     return torch.zeros(T, E, dtype=w.dtype).scatter_add(1, ids[:, :1], w)
@@ -518,6 +550,7 @@ NEEDS_DISTINCT = {
     "gathered_again",
     "dense_weights_renormalised",
     "rows_of_a_mask_summed",
+    "rows_replaced_in_a_masked_copy",
 }
 
 

@@ -196,3 +196,34 @@ class Masked(Sharded):
 
 
 MASKED = ("one_more_first", "one_more_second", "second_by_first", "second_mask", "counted_separately", "behind_second", "one_before")
+
+
+class Overwritten(Sharded):
+    """As NLLB's layers were written before: a copy of the masked tokens for each expert, whose rows the expert's output replaces."""
+
+    capacity, dropped = 5, 0.2
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, c = hidden.reshape(-1, H), self.capacity
+        gates = self.gate(x).softmax(-1)
+        mask1 = F.one_hot(gates.argmax(-1), E)
+        mask2 = F.one_hot(gates.masked_fill(mask1.bool(), float("-inf")).argmax(-1), E)
+        at1, at2 = self.positions(mask1, mask2, c)
+        mask1, mask2 = mask1 * torch.lt(at1, c), mask2 * torch.lt(at2, c)
+        w1, w2 = self.weights(gates, mask1, mask2)
+        weights = w1[:, None] * mask1 + w2[:, None] * mask2
+        return self.replaced(x, weights, weights.bool()).view_as(hidden)
+
+    def replaced(self, x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        m = self.mutation
+        rows = x.expand(E, *x.shape).clone() if m == "rows_kept" else torch.einsum("th,te->eth", x, mask)
+        for e in range(E - (m == "one_expert_less")):
+            mine = mask[:, (e + 1) % E if m == "rows_of_next" else e]
+            w = weights[mine].sum(-1) if m == "weights_together" else weights[mine, e]
+            y = torch.relu((x[mine] if m == "reads_tokens" else rows[e, mine]) @ self.up[e]) @ self.down[e] * (1 - self.dropped)
+            y = torch.einsum("t,th->th", w, y)
+            rows[e, mine] = rows[e, mine] + y if m == "added" else y
+        return rows.amax(0) if m == "largest" else rows.sum(0)
+
+
+OVERWRITTEN = ("rows_kept", "one_expert_less", "rows_of_next", "reads_tokens", "weights_together", "added", "largest", "counted_separately")

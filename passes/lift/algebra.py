@@ -209,6 +209,8 @@ def where(c: Expr, a: Expr, b: Expr) -> Expr:
         return mul(c, a)
     if is_const(a, 0):
         return mul(negate(c), b)
+    if is_bool(c) and b.op == "mul" and set(factors(c)) <= set(b.args):  # where(c, a, c b): where c does not hold, c b is zero
+        return mul(c, a)
     if c.op == "not":
         return raw("where", c.args[0], b, a)
     return raw("where", c, a, b)
@@ -260,6 +262,8 @@ def sum_(v: Var, body: Expr) -> Expr:
         return _sum_enum(v, body)
     if isinstance(v.domain, Segment):
         return _sum_segment(v, body)
+    if body.op == "where" and (cases := _cases(v, body)) is not None:
+        return add(*cases)
     fs = factors(body)
     conds = [f for f in fs if is_bool(f)]
     for f in conds:
@@ -278,6 +282,18 @@ def sum_(v: Var, body: Expr) -> Expr:
     if order is not None and (other := _any_order(v, order, body)) is not None:
         return other
     return raw("sum", v, body)
+
+
+def _cases(v: Var, body: Expr) -> list[Expr] | None:
+    """where([v=2], a, where([v=1], b, c)) for each v, where all but one have an arm of their own."""
+    arms: dict[int, Expr] = {}
+    while body.op == "where" and body.args[0].op == "eq" and body.args[0].args[0] is v and is_const(body.args[0].args[1]):
+        arms.setdefault(body.args[0].args[1].args[0], body.args[1])
+        body = body.args[2]
+    if not isinstance(v.size, int) or len(left := set(range(v.size)) - arms.keys()) > 1:
+        return None
+    arms.update(dict.fromkeys(left, body))
+    return [subst(arms[i], {v: const(i)}) for i in range(v.size)] if arms.keys() == set(range(v.size)) else None
 
 
 def _any_order(v: Var, order: Order, body: Expr) -> Expr | None:

@@ -24,7 +24,15 @@ Facts = frozenset[Expr]
 
 def collapse(e: Expr) -> Expr:
     """e, with the sums over experts' buffers solved."""
-    return _under(e, frozenset()) if counted(e) else e
+    if not counted(e):
+        return e
+    try:
+        return _under(e, frozenset())
+    finally:
+        _done.clear()
+
+
+_done: dict[tuple[Expr, Facts], Expr] = {}  # within one `collapse`: terms are shared, so each comes up many times
 
 
 def counted(e: Expr) -> bool:
@@ -36,6 +44,12 @@ def _under(e: Expr, known: Facts) -> Expr:
     """e where `known` holds."""
     if e.op in ("var", "const"):
         return e
+    if (e, known) not in _done:
+        _done[e, known] = _simplified(e, known)
+    return _done[e, known]
+
+
+def _simplified(e: Expr, known: Facts) -> Expr:
     if is_bool(e):
         if _among(e, known):
             return ONE

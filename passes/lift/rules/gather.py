@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..algebra import subst
-from ..expr import ZERO, Refused, raw
+from ..expr import ZERO, Enum, Refused, raw
 from ..index import digits, inside
 from ..sizes import at_most
 from ..value import Value, broadcast
 from ._base import dim_of, rule
-from .mask import enumerate_, expand_masks
+from .mask import enumerate_, expand_masks, where_hit
 
 
 @rule("index.Tensor")
@@ -31,7 +31,10 @@ def gather_rows(x: Value, idx: list) -> Value:
     first = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
     before = [d for i, d in enumerate(x.dims) if i not in used and i < first]
     after = [d for i, d in enumerate(x.dims) if i not in used and i >= first]
-    return Value([*before, *dims, *after], subst(x.expr, table))
+    e = subst(x.expr, table)
+    for r in {v for d in dims for v in d if isinstance(v.domain, Enum)} & e.free:
+        e = where_hit(e, r)
+    return Value([*before, *dims, *after], e)
 
 
 @rule("index_select.default")

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from ..algebra import compare, subst
-from ..expr import ZERO, Enum, Refused, Var, raw
-from ..index import is_bool, sel
+from ..algebra import compare, replace, subst
+from ..expr import ONE, ZERO, Enum, Expr, Refused, Var, factors, is_const, raw
+from ..index import digits, is_bool, sel
 from ..value import Value
 from ._base import rule
 
@@ -19,6 +19,16 @@ def enumerate_(mask: Value) -> Var:
         raise Refused("nonzero over a data-dependent dimension")
     t = {v: v.fresh() for v in mask.vars()}
     return Var(None, Enum(tuple(tuple(t[v] for v in d) for d in mask.dims), subst(mask.expr, t)))
+
+
+def where_hit(e: Expr, r: Var) -> Expr:
+    """e over the rows r of a mask: the mask itself holds in each of them."""
+    at: dict[Var, Expr] = {}
+    for j, d in enumerate(r.domain.dims):
+        if d:
+            at.update(zip(d, digits(raw("coord", r, j), [v.size for v in d])))
+    tests = [f for f in factors(subst(r.domain.cond, at)) if is_bool(f) and not is_const(f)]
+    return replace(e, dict.fromkeys(tests, ONE)) if tests else e
 
 
 def expand_masks(idx: Sequence[Value | None], nodes: Sequence[Node | None]) -> list[Value | None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..algebra import add, eq, mul, replace, same_rows, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
-from ..index import bounds, count, inside, inv, is_bool, perm
-from ..sizes import prod
-from ..value import Value, broadcast, common, onto, same_domain
+from ..index import bounds, count, digits, inside, inv, is_bool, perm
+from ..sizes import Size, prod
+from ..value import Value, broadcast, common, index_of, onto, same_domain
 from ._base import dim_of, fixed, rule
 from .mask import enumerate_, expand_masks
 from .reduce import counted
@@ -215,28 +215,29 @@ def _select_rows(b: Value, e: Expr, r: Var, new: Expr) -> Value:
     """Rows of a mask over one flat row number: where(cond, new, old)."""
     dom = r.domain
     cols = [raw("coord", r, j) for j in range(len(dom.dims))]
-    if len(dom.dims) == 1 and e is cols[0]:
-        sizes = [tuple(v.size for v in dom.dims[0])]
-    elif e.op == "mix" and tuple(e.args[::2]) == tuple(cols):
-        sizes = [tuple(v.size for v in d) for d in dom.dims]
-    else:
+    if not ((len(cols) == 1 and e is cols[0]) or (e.op == "mix" and tuple(e.args[::2]) == tuple(cols))):
         raise Refused("rows are overwritten, not accumulated")
-    b = b.refine(0, common(b.sizes(0), tuple(s for d in sizes for s in d)))
-    vars = list(b.dims[0])
+    b = b.refine(0, common(b.sizes(0), tuple(v.size for d in dom.dims for v in d)))
+    left = list(b.dims[0])
     table: dict[Any, Expr] = {}
     at: dict[Expr, Expr] = {}
-    if tuple(v.size for v in vars) != tuple(s for d in sizes for s in d):
-        raise Refused("rows are overwritten by a mask over other dimensions")
     for col, d in zip(cols, dom.dims):
-        mine = [vars.pop(0) for _ in d]
-        table.update(zip(d, mine))
-        from ..value import index_of
-
-        at[col] = index_of(mine)
+        at[col] = index_of(_leading(left, prod(v.size for v in d)))
+        table.update(zip(d, digits(at[col], [v.size for v in d])))
     new = replace(new, at)
     if r in new.free:
         raise Refused("the written rows use the row number itself")
     return Value(b.dims, where(subst(dom.cond, table), new, b.expr))
+
+
+def _leading(vs: list[Var], n: Size) -> list[Var]:
+    """Takes the first variables away that together run over n."""
+    found: list[Var] = []
+    while prod(v.size for v in found) != n:
+        if not vs:
+            raise Refused("rows are overwritten by a mask over other dimensions")
+        found.append(vs.pop(0))
+    return found
 
 
 def _injective_rows(e: Expr, r: Var) -> bool:
@@ -348,8 +349,6 @@ def _written(b: Value, src: Value, d: int, inner: list[Var], which: list[Var], a
         src = src.refine(d, tuple(v.size for v in inner))
     table = {v: w for i in range(len(b.dims)) if i != d for v, w in zip(src.dims[i], b.dims[i])}
     table.update(zip(src.dims[d], inner))
-    from ..value import index_of
-
     return Value(b.dims, _everywhere(index_of(which), where(eq(index_of(which), const(at)), subst(src.expr, table), b.expr)))
 
 
