@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -466,6 +467,17 @@ class CountsInABuffer(Asks):
 
     def changed(self, out, x, w, ids):
         return out * 2 if self.seen.sum() > 10 else out
+
+
+class Configured(Asks):
+    """What it does is written in an object that it holds."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(inner={"how": how})
+
+    def changed(self, out, x, w, ids):
+        return out * 2 if self.config.inner["how"] == "odd" and w.sum() > 0 else out
 
 
 class AsksForGradMode(Asks):

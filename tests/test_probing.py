@@ -102,6 +102,13 @@ def test_other_configuration_of_the_same_class():
     assert_same(fast, two, tokens(12, seed=6), grad=False)
 
 
+def test_a_block_refused_by_its_configuration_says_nothing_of_others():
+    blocks = [probed_blocks.Configured(how).eval() for how in ("odd", "plain")]
+    notes = [" ".join(compiled(block, tokens(12))[1].notes) for block in blocks]
+    assert "Configured stays as it is" in notes[0]
+    assert "Configured is captured from a recording" in notes[1]
+
+
 def test_layers_share_one_recording():
     model = Model([build("hit_loop", seed) for seed in range(2)])
     before = len(programs(type(model.layers[0])))

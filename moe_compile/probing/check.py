@@ -23,6 +23,7 @@ from moe_compile.probing.program import Program
 from moe_compile.probing.recording import Recording
 from moe_compile.probing.state import put_back
 from moe_compile.probing.steer import STEERINGS, Steered, steered
+from moe_compile.probing.writes import put_back_written, written_now
 
 log = logging.getLogger("moe_compile")
 TOKENS = (2, 1, 3, 5, 17, 64, 2, 1, 3)
@@ -109,7 +110,7 @@ def _both(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the module gives, and what the program gives."""
     runs = (forward, lambda m, *a, **k: program.run(m, a, k))
-    want, got = (_seen(module, run, args, kwargs, seed) for run in runs)
+    want, got = (_seen(module, run, args, kwargs, seed, program.written) for run in runs)
     return want, got
 
 
@@ -137,21 +138,25 @@ def _exact(t: Any) -> bool:
     return not isinstance(t, torch.Tensor) or t.dtype in (torch.float32, torch.float64) or not t.is_floating_point()
 
 
-def _seen(module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Outputs, gradients and buffers after one call."""
+def _seen(
+    module: nn.Module, forward: Any, args: tuple, kwargs: dict[str, Any], seed: int, written: tuple[tuple[str, str], ...]
+) -> dict[str, Any]:
+    """Outputs, gradients, buffers and written attributes after one call."""
     leaves, spec = tree_flatten((args, kwargs))
     leaves = [x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in leaves]
     a, k = tree_unflatten([x * 1 if isinstance(x, torch.Tensor) and x.requires_grad else x for x in leaves], spec)  # may be written to
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     torch.manual_seed(seed)
-    with torch.enable_grad():
+    with torch.enable_grad(), put_back_written(module, written):
         out = forward(module, *a, **k)
+        after = written_now(module, written)
         seen: dict[str, Any] = {f"output {i}": x for i, x in enumerate(tree_leaves(out))}
         seen["the kind of the output"] = str(tree_flatten(out)[1])
         seen.update(_gradients(module, leaves, seen))
     for n, b in module.named_buffers():
         seen[f"buffer {n}"] = b.clone()
         b.data.copy_(buffers[n])
+    seen.update(after)
     seen.update({f"argument {i} afterwards": x for i, x in enumerate(tree_leaves((a, k)))})
     return {n: x.detach() if isinstance(x, torch.Tensor) else x for n, x in seen.items()}
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from moe_compile.probing.check import check, other_mode
 from moe_compile.probing.errors import NotProbed
-from moe_compile.probing.install import fitting, install, mark, marked, own_forward
+from moe_compile.probing.install import MARK, fitting, install, mark, marked, own_forward
 from moe_compile.probing.program import Program, write_program
 from moe_compile.probing.record import record
 from moe_compile.probing.scout import Call, may_route, rehearse
@@ -115,9 +115,21 @@ _REFUSED: dict[Any, str] = {}  # why modules of a class were left as they are: n
 def _question(call: Call) -> Any:
     leaves = tree_leaves((call.args, call.kwargs))
     shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else str(x)[:80] for x in leaves)
-    settings = tuple((n, v) for n, v in sorted(vars(call.module).items()) if isinstance(v, bool | int | float | str) and "idx" not in n)
-    own = mode_of(call.module), settings
+    own = mode_of(call.module), _settings(vars(call.module))
     return type(call.module), own, shapes, tuple((n, tuple(p.shape), p.dtype) for n, p in call.module.named_parameters())
+
+
+def _settings(held: dict[Any, Any], depth: int = 3) -> tuple:
+    """Plain values by name, those of a configuration too: code may go by any of them. But for what numbers the layers, and our mark."""
+    found: list[tuple] = []
+    for n, v in sorted(held.items(), key=lambda item: str(item[0])):
+        if isinstance(v, bool | int | float | str | None):
+            found += [(n, v)] if "idx" not in str(n) else []
+        elif depth and isinstance(v, dict | list | tuple):
+            found.append((n, _settings(v if isinstance(v, dict) else dict(enumerate(v)), depth - 1)))
+        elif depth and n != MARK and hasattr(v, "__dict__") and not callable(v) and not isinstance(v, torch.Tensor):
+            found.append((n, _settings(vars(v), depth - 1)))
+    return tuple(found)
 
 
 def _installed(call: Call, report: RewriteReport | None, whole: bool) -> bool:

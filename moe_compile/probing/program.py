@@ -38,6 +38,7 @@ class Program:
     run: Callable[..., Any]
     assumptions: tuple[str, ...]
     source: str
+    written: tuple[tuple[str, str], ...] = ()  # attributes that it gives plain values, (path of a module, name)
     whole: Callable[..., Any] | None = None  # the same as one call in a graph, of `block`
     block: Any = None
 
@@ -50,8 +51,9 @@ def write_program(module: nn.Module, recording: Recording, args: tuple, kwargs: 
     source, run = _run(recording)
     text, fits = _fits(module, recording, args, kwargs)
     held = _held(module, list(recording.reads.attributes))
+    written = tuple(recording.written)
     block, once = (whole(type(module).__name__, recording, run) if flat else None) or (None, None)
-    return Program(structure_of(module), held, fits, run, tuple(recording.assumptions), f"{text}\n\n{source}", once, block)
+    return Program(structure_of(module), held, fits, run, tuple(recording.assumptions), f"{text}\n\n{source}", written, once, block)
 
 
 # ---------------------------------------------------------------- what it computes
@@ -61,7 +63,7 @@ def _run(r: Recording) -> tuple[str, Callable[..., Any]]:
     r.graph.output(r.output)
     _drop_unread(r.graph)
     code = r.graph.python_code("self")
-    tree = ast.parse(code.src)
+    tree = _Itself().visit(ast.parse(code.src))
     function = next(n for n in tree.body if isinstance(n, ast.FunctionDef))
     _place_lines(function, r)
     function.body = _with_blocks(function.body)
@@ -74,6 +76,15 @@ def _run(r: Recording) -> tuple[str, Callable[..., Any]]:
     scope.update({"torch": torch, "math": math})
     exec(compile(module, r.file, "exec"), scope)
     return ast.unparse(module), scope["run"]
+
+
+class _Itself(ast.NodeTransformer):
+    """The recorded module itself: FX reaches all that has a name, and it has none."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if ast.unparse(node) == "getattr(self, '')":
+            return ast.Name("self", ast.Load())
+        return self.generic_visit(node)
 
 
 def _unpack(r: Recording) -> list[ast.stmt]:

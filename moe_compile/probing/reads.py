@@ -67,11 +67,18 @@ _NOT_CALLED = {"__init__", "__setstate__", "extra_repr", "reset_parameters", "_r
 
 
 class Reads:
-    """attributes: (path of the module, name) -> value; codes: the user's code that ran, with its globals; cells: its outer variables."""
+    """attributes: (path of the module, name) -> value; codes: the user's code that ran, with its globals; cells: its outer variables.
+
+    written: attributes that the code has written before it read them. absent: such as were asked for, and are not there.
+    """
 
     def __init__(self) -> None:
         self.cells: list[CellType] = []
         self.attributes: dict[tuple[str, str], Any] = {}
+        self.written: set[tuple[str, str]] = set()
+        self.absent: set[tuple[str, str]] = set()
+        self.found: set[tuple[str, str]] = set()  # such as stand neither in the module nor in its class as a plain value
+        self.opened: set[str] = set()  # modules whose __dict__ was read
         self.codes: dict[CodeType, dict[str, Any]] = {}
         self.grad_mode = False
 
@@ -83,7 +90,7 @@ class Reads:
         enabled = torch.is_grad_enabled
 
         def read(m: nn.Module, name: str) -> Any:
-            if name[:2] != "__" and (path := path_of(m)) is not None and of_user(sys._getframe(1)):
+            if (name[:2] != "__" or name == "__dict__") and (path := path_of(m)) is not None and of_user(sys._getframe(1)):
                 self._note(m, path, name)
             return before(m, name)
 
@@ -117,7 +124,16 @@ class Reads:
                 self.cells.append(cell)
                 self.run(cell.cell_contents)
 
+    def seen(self, path: str, name: str) -> bool:
+        """Has the code read the attribute, or asked for it, before it wrote it?"""
+        at = path, name
+        return path in self.opened or any(at in table for table in (self.attributes, self.absent, self.found))
+
     def _note(self, m: nn.Module, path: str, name: str) -> None:
+        if name == "__dict__":
+            self.opened.add(path)
+        if name[:2] == "__" or (path, name) in self.written:
+            return
         get = object.__getattribute__
         for table in (get(m, "__dict__"), get(m, "_parameters"), get(m, "_buffers"), get(m, "_modules")):
             if name in table:
@@ -128,12 +144,17 @@ class Reads:
             self.attributes.setdefault((path, name), value)
         elif isinstance(value, FunctionType):
             self.run(value)
+        elif value is self and type(m).__getattr__ is nn.Module.__getattr__:  # another one may find it elsewhere
+            self.absent.add((path, name))
+        else:
+            self.found.add((path, name))
 
     def tests(self, scope: dict[str, Any]) -> list[str]:
         """Python expressions of `self` that are true as long as the same would be read; `scope` gets the names they need."""
         found = []
         for (path, name), value in self.attributes.items():
             found += self._tests(f"{reach(path)}.{name}" if name.isidentifier() else f"getattr({reach(path)}, {name!r})", value, scope)
+        found += [f"not hasattr({reach(path)}, {name!r})" for path, name in sorted(self.absent)]
         for code, names in self.codes.items():
             found += self._constants(code, names, scope)
         for cell in self.cells:

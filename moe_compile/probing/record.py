@@ -29,6 +29,7 @@ from moe_compile.probing.shadow import example_shapes, faked, shadow_of, tensors
 from moe_compile.probing.state import left_behind, state_of
 from moe_compile.probing.tape import Tape
 from moe_compile.probing.tokens import shims
+from moe_compile.probing.writes import Writes
 
 
 def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any], flat: bool = False) -> Recording:
@@ -73,13 +74,22 @@ def _record(
     done.paths = [_path(p) for p, _ in tree_flatten_with_path((args, kwargs))[0]]
     before, state, places = _Before(shadow), state_of(shadow, (a, k)), places_of(shadow)
     outside = marks(places)
-    noted = reads.watching(forward, lambda m: names.get(id(m)) if recorder.on else None)
+
+    def path_of(m: nn.Module) -> str | None:
+        return names.get(id(m)) if recorder.on else None
+
+    writes = Writes(recorder, reads, set(sources))
     with outside_put_back(shadow):
-        with torch.enable_grad(), fake, listening(recorder), whole_numbers(module, shims(recorder)), noted, recorder:
+        patches = listening(recorder), whole_numbers(module, shims(recorder)), reads.watching(forward, path_of), writes.watching(path_of)
+        with torch.enable_grad(), fake, contextlib.ExitStack() as stack:
+            for patch in (*patches, recorder):
+                stack.enter_context(patch)
             out = _run(recorder, forward, shadow, a, k, tried)
             grad, outside_after = torch.is_grad_enabled(), marks(places)  # before `whole_numbers` puts the files' globals back
         done.rebound = before.rebound(tape)
-        changed = [n for n in left_behind(state, state_of(shadow, (a, k))) if n not in done.rebound]
+        done.written = list(writes.names)
+        known = {*done.rebound, *(f"{path}.{n}".lstrip(".") for path, n in done.written)}
+        changed = [n for n in left_behind(state, state_of(shadow, (a, k))) if n not in known]
         before.refuse_changes([*changed, *left_behind(outside, outside_after)], grad)
     done.output = tape.result(out)
     done.entered = list(dict.fromkeys(recorder.entered))

@@ -26,6 +26,7 @@ class Recording:
     paths: list[str] = field(default_factory=list)  # how to reach each of `inputs` from `args` and `kwargs`
     assumptions: dict[str, None] = field(default_factory=dict)
     rebound: dict[str, Node] = field(default_factory=dict)
+    written: list[tuple[str, str]] = field(default_factory=list)  # attributes that the program gives plain values, (path of a module, name)
     entered: list[str] = field(default_factory=list)  # submodules that were recorded from within
     reads: Reads = field(default_factory=Reads)
     classes: list[int] = field(default_factory=list)  # among how many ids the code counts

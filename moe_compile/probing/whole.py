@@ -26,7 +26,7 @@ def whole(name: str, r: Recording, plain: Callable[..., Any]) -> tuple[Block, Ca
     results = list(dict.fromkeys(n for n in tree_leaves(r.output, is_leaf=lambda x: isinstance(x, Node)) if isinstance(n, Node)))
     if not all(r.values[n].is_contiguous() for n in r.graph.nodes if n.op == "placeholder"):
         return None  # strides of the results follow from theirs
-    if not results or r.rebound or any(n.op == "call_module" for n in r.graph.nodes) or not _own(r, results):
+    if not results or r.rebound or r.written or any(n.op == "call_module" for n in r.graph.nodes) or not _own(r, results):
         return None
     graph, inputs = _graph(r, results)
     if not decisions(graph) or (places := _places(r, inputs, results)) is None:
