@@ -9,10 +9,13 @@ Each row compiles with inner="eager" and compares with eager: values, and for st
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,8 +128,13 @@ def why(report: moe_compile.RewriteReport, blocks: int, module: torch.nn.Module,
         return ""
     with torch.no_grad():
         told = moe_compile.explain(module)(*args, **kwargs)
-    reasons = [r.reason for r in told.refused] or told.graph_breaks or told.notes or report.notes
+    reasons = [r.reason for r in told.refused] or told.graph_breaks or list(filter(_says_why, [*told.notes, *report.notes]))
     return shorten("; ".join(dict.fromkeys(map(str, reasons or [NO_DECISION]))))
+
+
+def _says_why(note: str) -> bool:
+    """Not what was recorded, and not what Dynamo captured where no recording was possible: no graph has a break."""
+    return " is captured from a recording" not in note and " stays as it is: " not in note
 
 
 def shorten(text: str, limit: int = 160) -> str:
@@ -166,26 +174,60 @@ def document() -> str:
     return "\n".join(parts)
 
 
-def of_installed() -> str:
+LIMIT = 300  # seconds for one model of an installed transformers
+LARGEST = 20_000_000  # parameters: a configuration that names its sizes otherwise would make a real model of it
+
+
+def of_installed(page: str) -> str:
     """A page of the zoo's models in the transformers that is installed: older ones write the same families otherwise."""
     import transformers
 
-    rows, absent = [], {}
-    for name in hf_zoo.ZOO:
-        try:
-            model, kwargs = hf_zoo.ZOO[name]()
-            with torch.no_grad():
-                model(**kwargs)
-        except Exception as e:  # noqa: BLE001  written for another version
-            absent[name] = "no such model" if isinstance(e, ImportError) else f"{type(e).__name__}: {e}"
-        else:
-            rows.append(progress(name, _zoo_row(name, model, kwargs)))
-    other = [f"- `{name}`: {shorten(why)}" for name, why in absent.items() if why != "no such model"]
-    gone = ", ".join(name for name, why in absent.items() if why == "no such model")
+    found = dict(zip(hf_zoo.ZOO, _bounded(list(hf_zoo.ZOO))))
+    rows = [found[name] for name in found if isinstance(found[name], Row)]
+    other = [f"- `{name}`: {shorten(why)}" for name, why in found.items() if isinstance(why, str) and why != ABSENT]
+    gone = ", ".join(name for name, why in found.items() if why == ABSENT)
     title = f"transformers {transformers.__version__}"
-    head = f"Written by `python docs/coverage.py --zoo {sys.argv[2]}`, in an environment of its own with {title}.\n"
+    how = f"Written by `python docs/coverage.py --zoo {page}`, where that version is installed."
+    head = f"# {title}\n\n{how} [coverage.md](coverage.md) explains the columns.\n"
     left = ["", "Not built, or not run, by the zoo, which is written for the newest version:", "", *other] if other else []
-    return "\n".join([head, section(title, rows), *left, "", f"Not there yet: {gone}.", ""])
+    return "\n".join([head, section("Models", rows), *left, "", f"Not there yet: {gone}.", ""])
+
+
+ABSENT = "no such model"
+
+
+def _bounded(names: list[str]) -> Iterator[Row | str]:
+    """Each model's row, or why there is none, from a process that is replaced where a model takes too long."""
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(1, _quiet)
+    for name in names:
+        try:
+            found = pool.apply_async(_installed_row, (name,)).get(LIMIT)
+        except multiprocessing.TimeoutError:
+            found = f"not done within {LIMIT} seconds"
+            pool.terminate()
+            pool = context.Pool(1, _quiet)
+        print(f"{name:40s} {found}", file=sys.stderr, flush=True)
+        yield found
+    pool.terminate()
+
+
+def _quiet() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def _installed_row(name: str) -> Row | str:
+    try:
+        model, kwargs = hf_zoo.ZOO[name]()
+        if (size := sum(p.numel() for p in model.parameters())) > LARGEST:
+            return f"of {size / 1e6:.0f} M parameters, as its configuration has other names for its sizes"
+        with torch.no_grad():
+            model(**kwargs)
+    except Exception as e:  # noqa: BLE001  written for another version
+        return ABSENT if isinstance(e, ImportError) else f"{type(e).__name__}: {e}"
+    return _zoo_row(name, model, kwargs)
 
 
 def row_of(name: str) -> Row:
@@ -202,7 +244,7 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")
     if sys.argv[1:2] == ["--zoo"]:
-        Path(sys.argv[2]).write_text(of_installed())
+        Path(sys.argv[2]).write_text(of_installed(sys.argv[2]))
     elif sys.argv[1:]:
         print(*map(row_of, sys.argv[1:]), sep="\n")
     else:

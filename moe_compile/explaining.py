@@ -91,7 +91,9 @@ def _add_notes(report: RewriteReport, skipped: list[str]) -> None:
             "Compile the module or function that holds the tensor operations, outside of torch.compiler.disable."
         )
     elif not report.regions:
-        report.notes.append("no routing decision (top-k, argmax or max over experts) was found in the captured graphs")
+        seen = dict.fromkeys(note for graph in report.graphs for note in graph.notes)
+        found = "no routing decision (top-k, argmax or max over experts) was found in the captured graphs"
+        report.notes.append("; ".join([found, *seen]))
     if report.graph_breaks and report.refused:
         report.notes.append("a graph break inside an MoE block keeps it from being seen whole; see `graph_breaks`")
 

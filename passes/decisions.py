@@ -153,6 +153,65 @@ def feeds(d: Decision, later: Decision) -> bool:
     return False
 
 
+def among_pairs(d: Decision, earlier: list[Decision]) -> bool:
+    """Product keys: d chooses among numbers made of an earlier choice's ids, and what it chooses are rows of a table."""
+    before = {e.ids for e in earlier}
+    chosen = [n for n in d.ids.users if callee(n) in ("gather", "take_along_dim", "getitem") and n.args[0] is not d.ids]
+    made = [n for n in chosen if isinstance(n.args[0], Node) and before & _integers_behind(n.args[0])]
+    return any(_is_table(other) for n in made for u in _integers_from(n) for other in u.all_input_nodes)
+
+
+def _is_table(n: Node) -> bool:
+    t = tensor_of(n)
+    return n.op in ("placeholder", "get_attr") and t is not None and t.dtype.is_floating_point and t.dim() == 2
+
+
+def _integers_from(n: Node) -> set[Node]:
+    """All that reads the node, or integers that are computed from it."""
+    todo, seen = [n], set()
+    while todo:
+        for u in todo.pop().users:
+            t = tensor_of(u)
+            if u not in seen and t is not None and not t.dtype.is_floating_point:
+                todo.append(u)
+            seen.add(u)
+    return seen
+
+
+def _integers_behind(n: Node) -> set[Node]:
+    """The node and what it is computed from, as far as these are integers."""
+    todo, seen = [n], set()
+    while todo:
+        n = todo.pop()
+        t = tensor_of(n)
+        if n not in seen and (t is None or not t.dtype.is_floating_point):
+            seen.add(n)
+            todo.extend(n.all_input_nodes)
+    return seen
+
+
+def chosen_by_caller(graph: Graph) -> Node | None:
+    """Integers given to the graph that it compares with one number after the other, as where the caller says which expert to take."""
+    for n in graph.nodes:
+        t = tensor_of(n)
+        if n.op == "placeholder" and t is not None and not t.dtype.is_floating_point and t.dtype != torch.bool:
+            numbers = _compared(n)
+            if len(numbers) > 1 and numbers == set(range(len(numbers))):
+                return n
+    return None
+
+
+def _compared(n: Node) -> set[int]:
+    """The numbers that these integers, or a view of them, are compared with."""
+    found = set()
+    for u in n.users:
+        if callee(u) == "eq" and isinstance(u.args[-1], int):
+            found.add(u.args[-1])
+        elif callee(u) in ("view", "reshape", "unsqueeze", "flatten", "getitem", "expand", "squeeze", "to", "long"):
+            found |= _compared(u)
+    return found
+
+
 def written(d: Decision, graph: Graph) -> bool:
     """Does anything write into the memory of d's ids?  Then what the top-k made sure of no longer holds."""
     mine = tensor_of(d.ids)

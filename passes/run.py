@@ -18,7 +18,7 @@ from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
 from . import blocks
-from .decisions import Decision, callee, decisions, feeds, leaves_graph, tensor_of, window_end, written
+from .decisions import Decision, among_pairs, callee, chosen_by_caller, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
 from .liveness import Remap
 from .quantize import drop_unread, left_dequantised, rows_as_they_are
@@ -35,6 +35,8 @@ from .validate import Mismatch, validate
 from .window import Ambient, ambients, is_size
 
 log = logging.getLogger("moe_compile")
+
+PRODUCT_KEYS = "product keys: experts are numbered by pairs of choices, and are rows of tables, without linear layers of their own"
 
 
 class _Clock:
@@ -192,6 +194,8 @@ class _Part:
             fed = d if not entry.rewritten and nxt is not None and feeds(d, nxt) else None
             if entry.rewritten or not (fed is not None or self._other(d, entry)):
                 entries.append(entry)
+        if not self.decisions and (given := chosen_by_caller(self.gm.graph)) is not None:
+            self.notes.append(f"the caller chooses, by {given.name} (0, 1, ...)")
         if self.spliced:
             self._route()
             drop_unread(self.gm.graph)
@@ -220,6 +224,8 @@ class _Part:
     def _other(self, d: Decision, entry: RegionReport) -> bool:
         """A top-k that has nothing to do with experts (tokens for sparse attention, a sampled token) is no block left behind."""
         other = (entry.reason or "").startswith(NO_EXPERTS) and not leaves_graph(d)
+        if other and among_pairs(d, self.decisions[: self.decisions.index(d)]):
+            entry.reason, other = PRODUCT_KEYS, False
         if other:
             self.notes.append(f"the {callee(d.source)} at {entry.where} chooses no experts")
         return other

@@ -13,7 +13,9 @@ from torch.fx import Graph
 
 from moe_compile.capture import FLAGS
 from moe_compile.passes.decisions import (
+    among_pairs,
     callee,
+    chosen_by_caller,
     decisions,
     feeds,
     returns_itself,
@@ -119,6 +121,41 @@ def test_a_step_of_a_router_feeds_the_next(fn):
     a, b = decisions(graph_of(fn, torch.randn(TOKENS, EXPERTS)).graph)
     assert feeds(a, b)
     assert not feeds(b, a)
+
+
+def product_keys(s: Tensor, table: Tensor) -> Tensor:
+    (a, b), (i, j) = s.view(2, -1, EXPERTS).topk(3, -1)
+    best = (a.unsqueeze(-1) + b.unsqueeze(-2)).flatten(-2).topk(2, -1)[1]
+    return table[(i.unsqueeze(-1) * 3 + j.unsqueeze(-2)).flatten(-2).gather(-1, best)]
+
+
+def groups(s: Tensor, table: Tensor) -> Tensor:
+    """The numbers are the experts' own; groups only leave some out."""
+    kept = torch.zeros(TOKENS * 2, 2).scatter(1, s.view(-1, 2, EXPERTS // 2).amax(-1).topk(1)[1], 1.0)
+    return table[(s * kept.repeat_interleave(EXPERTS // 2, 1)).topk(2)[1]]
+
+
+def rows_of_what_is_computed(s: Tensor, table: Tensor) -> Tensor:
+    """As where a sparse attention chooses tokens among those of chosen blocks: no table."""
+    blocks = s.topk(3, -1)[1]
+    return (table * 2)[blocks.gather(-1, s[:, :3].topk(2)[1])]
+
+
+@pytest.mark.parametrize(("fn", "pairs"), [(product_keys, True), (groups, False), (rows_of_what_is_computed, False)])
+def test_product_keys_are_known_by_what_their_numbers_are_made_of(fn, pairs):
+    first, second = decisions(graph_of(fn, torch.randn(TOKENS * 2, EXPERTS), torch.randn(24, 4)).graph)
+    assert among_pairs(second, [first]) == pairs
+
+
+@pytest.mark.parametrize(("numbers", "caller"), [((0, 1, 2), True), ((0,), False), ((5, 7), False)])
+def test_experts_that_the_caller_chooses(numbers, caller):
+    """A tensor of integers that is given is compared with 0, 1, ...: not so token ids, that are compared with those of some tokens."""
+
+    def fn(x: Tensor, which: Tensor) -> Tensor:
+        return sum(x * (which.view(-1, 1) == i) for i in numbers)
+
+    found = chosen_by_caller(graph_of(fn, torch.randn(4, 3), torch.arange(4)).graph)
+    assert (found is not None) == caller
 
 
 def test_a_layer_between_two_decisions_separates_them():

@@ -35,7 +35,7 @@ STYLE_LEFT: dict[str, str] = {
 # One graph, but not this formula or beyond the calculus: name -> what the reason says.
 STYLE_REFUSED: dict[str, str] = {
     "expert_choice": "several sums over experts",
-    "hf_doge_cdmoe": "no routing decision",
+    "hf_doge_cdmoe": "product keys",
     "expert_norm_inside": "not a linear layer of the selected expert",
     "conv1x1_experts": "",  # channels stand before the pixels, and the output's rows are its last dimension
     "expert_int8_weights": "scales of quantised weights would be trained",
@@ -69,9 +69,9 @@ _BREAKS = "compiled without Dynamo's capture flags"
 # model -> (MoE blocks that stay as they are, a part of the report that says why).
 ZOO_REFUSED: dict[str, tuple[int, str]] = {
     "deepseek_v4": (1, ""),  # layer 0 takes its experts from a table of token ids
-    "doge_cdmoe_block": (1, ""),
+    "doge_cdmoe_block": (1, "product keys"),
     "ernie4_5_vl_moe_text": (1, ""),  # the vision block is never called
-    "vitpose_backbone": (2, ""),
+    "vitpose_backbone": (2, ""),  # the caller says which experts to take
 }
 
 # Rewritten in full although Dynamo breaks the graph elsewhere.
