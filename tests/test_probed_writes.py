@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import time
 
 import pytest
@@ -174,6 +175,17 @@ class AList(Writes):
         return out
 
 
+class AnEnum(Writes):
+    """A number of a class that Python code does not show."""
+
+    class Mode(enum.IntEnum):
+        FAST = 1
+
+    def changed(self, out, x, w, ids):
+        self.mode = self.Mode.FAST
+        return out
+
+
 class InATokenLoop(Writes):
     def changed(self, out, x, w, ids):
         rows = torch.zeros_like(out)
@@ -202,6 +214,7 @@ def test_the_last_token_writes_last():
     (Clock, "attribute started of the program is off"),
     (Counts, "leaves something behind in largest"),
     (AList, "leaves something behind in shapes"),
+    (AnEnum, "leaves something behind in mode"),
 ])  # fmt: skip
 def test_other_attributes_are_left_alone(cls, reason):
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ class Writes:
             return set(value.node.expr.free_symbols) <= self.sizes
         if type(value) is tuple:
             return all(map(self._plain, value))
-        return isinstance(value, SCALARS)
+        return type(value) in SCALARS  # not a number of a class of its own
 
     def _runs_as_a_whole(self, path: str) -> bool:
         """Has the module run in a call that is one node?  What its code has read of itself then, nobody has noted."""
