@@ -41,6 +41,8 @@ a sample.
 `moe_compile.compile` turns on for itself (a name is what Dynamo raises; 0: it skips the code).
 *rewritten*: MoE blocks replaced by stage ops, of those in the code. *error*: largest difference from eager
 relative to the largest value, gradients included for styles.
+
+The zoo is of transformers 5.17; [coverage-4.57.md](coverage-4.57.md) has those of its models that transformers 4.57 has, in other words.
 """
 
 
