@@ -194,8 +194,8 @@ def rules(point: Point, rows: int = 0) -> Choice:
     asked = questions(point)
     with tuned.only(()):
         if is_few(point):
-            along = asked[0][1].layout.startswith("oi")
-            return Choice(0, tuple(configs.strip(shape, along, "last" in role) for role, shape in asked))
+            along, plain = asked[0][1].layout.startswith("oi"), not layers(point.work)[-1].body
+            return Choice(0, tuple(configs.strip(shape, along, "last" in role, plain=plain) for role, shape in asked))
         rows = rows or configs.block_rows(_rows_shape(point))
         return Choice(rows, tuple(configs.tiles(shape, rows, role == tuned.FIRST) for role, shape in asked))
 

@@ -28,23 +28,34 @@ def few(tokens: int, top_k: int) -> bool:
     return tokens <= FEW_TOKENS and tokens * top_k <= FEW_SLOTS
 
 
-def strip(shape: Shape, along: bool, last: bool, paired: bool = False) -> Strip:
+def strip(shape: Shape, along: bool, last: bool, paired: bool = False, plain: bool = False) -> Strip:
     """along: inputs are next to each other in memory. last: the layer adds up the slots; one load covers its inner width where it can.
 
-    paired: columns of two products take turns in memory, a program reads both.
+    paired: columns of two products take turns in memory, a program reads both. plain: a last layer is a product and nothing more.
     """
-    rule = functools.partial(_strip, shape, last) if along else functools.partial(_strip_across, shape, last, paired)
+    rule = functools.partial(_strip, shape, last, plain) if along else functools.partial(_strip_across, shape, last, paired)
     found: Strip = tuned.chosen(tuned.few_role(along, last), shape, 0, rule)
     return found
 
 
-def _strip(shape: Shape, last: bool) -> Strip:
+MOST_HELD = 32768  # numbers of all slots in the registers of a program with 8 warps
+
+
+def _strip(shape: Shape, last: bool, plain: bool = False) -> Strip:
     inner = power(shape.inner, 16)
     if not last:
         return Strip(2, min(1024, inner), 2)
+    held = power(shape.slots) * inner
+    if plain and held <= MOST_HELD:  # gemv_linear.py
+        return Strip(1, inner, 8 if held > MOST_HELD // 2 else 4)
     if inner <= 1024:
         return Strip(2, inner, 2)
     return Strip(1, 2048, 1) if inner == 2048 else Strip(1, 4096, 4) if inner == 4096 else Strip(2, 2048, 2)
+
+
+def at_once(strip: Strip, inner: int, slots: int) -> bool:
+    """Can a program hold the inputs of a plain last layer's columns for all slots of a token?"""
+    return strip.depth >= inner and strip.cols * strip.depth * power(slots) <= MOST_HELD
 
 
 PROGRAMS = 512  # from which on enough loads are under way for memory's full rate
@@ -112,9 +123,9 @@ def tiles(shape: Shape, rows: int, first: bool) -> Tiles:
 def _tiles(shape: Shape, rows: int, first: bool) -> Tiles:
     two = shape.products == 2
     if rows == 16:
-        found = Tiles(rows, 64, 256, 4, 3, 1, swap=True, early=True) if two else Tiles(rows, 128, 128, 4, 3, 1, swap=True, early=True)
+        found = Tiles(rows, 64, 256, 4, 3, swap=True, early=True) if two else Tiles(rows, 128, 128, 4, 3, swap=True, early=True)
     elif rows == 32:
-        found = Tiles(rows, 128, 128, 8, 3, 1, swap=True, early=True) if two else Tiles(rows, 64, 128, 4, 4, 4, swap=True, early=True)
+        found = Tiles(rows, 128, 128, 8, 3, swap=True, early=True) if two else Tiles(rows, 64, 128, 4, 4, swap=True, early=True)
     elif rows == 64 and shape.slots / shape.experts <= 48:
         found = Tiles(rows, 64, 64, 4, 4, spread=first) if two else Tiles(rows, 128, 64, 4, 4, spread=first)
     else:

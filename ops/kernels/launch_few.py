@@ -11,6 +11,7 @@ from moe_compile.ops.layout import Params
 from . import configs
 from .launch import biases_of, columns, multiplied, shape_of, starts_early, two, type_of, weights_of
 from .layers import Layer
+from .tiles import power
 
 
 def fits(layers: tuple[Layer, ...], tokens: int, top_k: int) -> bool:
@@ -63,6 +64,8 @@ def _tokens(
     sum_w = sum_w if sum_w is None or sum_w.stride(1) == 1 else sum_w.contiguous()
     if out.numel() and fixed["ACROSS"] and len(layer.products) == 1 and configs.in_parts(strip, layer.width, tokens):
         _by_parts(layer, rows, share, ids, route_w, sum_w, out, strip, given, fixed, pdl)
+    elif out.numel() and _plain(layer) and not fixed["ACROSS"] and configs.at_once(strip, rows.shape[1], top_k):
+        _all_slots(rows, share, ids, sum_w, out, strip, given, fixed, pdl)
     elif out.numel():
         (num, inner, width, stride), strides = given[4:8], given[8:]
         tokens_kernel[(-(-layer.width // strip.cols), tokens)](
@@ -71,6 +74,27 @@ def _tokens(
             WIDE=strip.depth >= inner and not fixed["ACROSS"], PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
+
+
+def _plain(layer: Layer) -> bool:
+    """Is a layer a product and nothing more?"""
+    return not layer.body and len(layer.products) == 1
+
+
+def _all_slots(
+    rows: Any, share: int, ids: Any, sum_w: Any, out: Any, strip: configs.Strip, given: tuple[Any, ...], fixed: dict[str, Any], pdl: bool
+) -> None:
+    """A last layer that is a plain product with inputs next to each other: a token's slots at a time."""
+    from .gemv_linear import linear_kernel
+
+    (w, _, _, _, num, inner, width, stride), (expert, i, o, *_) = given[:8], given[8:]
+    tokens, top_k = ids.shape
+    linear_kernel[(-(-width // strip.cols), tokens)](
+        rows, w, ids, ids if sum_w is None else sum_w, out, num, inner, width, stride, 0 if sum_w is None else sum_w.stride(0), expert, i,
+        o, START=fixed["START0"], STEP=fixed["STEP0"], K=top_k, KP=power(top_k), SHARE=share, WEIGHTED=sum_w is not None, PDL=pdl,
+        **{name: fixed[name] for name in ("W_FROM", "W_TYPE", "DTYPE", "BN", "BK", "num_warps")},
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
 
 
 def _by_parts(
@@ -109,7 +133,7 @@ def _common(
     shape = shape_of(layer, weights, ids.numel(), num_experts, rows)
     paired = w.transposed and _paired(layer, weights)
     across = paired or (w.transposed and all(each.step == 1 for each in layer.products))
-    strip = configs.strip(shape, not across, last, paired)
+    strip = configs.strip(shape, not across, last, paired, _plain(layer))
     names = ("START0", "STEP0", "START1", "STEP1", "BSTART0", "BSTEP0", "BSTART1", "BSTEP1")
     fixed = {
         **dict(zip(names, columns(layer), strict=True)), "EPILOGUE": epilogue_of(layer), "READS_W": layer.reads_w,
