@@ -258,3 +258,10 @@ test_in_interpreter = CASES.test()
 
 if __name__ == "__main__":
     CASES.main()
+
+
+def test_a_plain_last_layer_holds_all_slots_where_registers_do() -> None:
+    few, many = Shape(8, 128, 768, 2048, 1, 2), Shape(16, 64, 14336, 4096, 1, 2)
+    assert configs.at_once(configs.strip(few, True, True, plain=True), few.inner, few.slots)
+    assert configs.strip(many, True, True, plain=True) == configs._strip(many, True)
+    assert not configs.at_once(configs.strip(many, True, True, plain=True), many.inner, many.slots)
