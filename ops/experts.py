@@ -40,6 +40,7 @@ REVERSE = COMBINED + "_reverse"  # these four: experts_two_steps.py
 CARRIED = COMBINED + "_carried"
 GRADIENTS = COMBINED + "_gradients"
 LAST = COMBINED + "_last"
+SHARED = "permute_experts_shared"  # (call) -> (shape, dtype) of what the saving ops save behind the products, for all ops of a backward
 BACKWARD_SCHEMA = f"{BACKWARD}(Tensor grad_TKO, Tensor[] saved, {_ARGS}, bool[] needs_grad) -> Tensor[]"
 
 # (rtol, atol) of a provider against the reference in float64, for values around one
@@ -227,7 +228,17 @@ def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
     *inputs, provider, needs_grad = args
     call = prepare(*inputs)
     y = call.x.new_empty(call.out_shape, dtype=call.values[-1].dtype)
-    return y, empty_saved(call, needs_grad) if _saves(provider) else []
+    return y, new_saved(call, provider, needs_grad) if _saves(provider) else []
+
+
+def new_saved(call: Call, provider: str, needs_grad: Sequence[bool]) -> list[Any]:
+    """Unfilled tensors as a provider's saving ops give them."""
+    return [*empty_saved(call, needs_grad), *(call.x.new_empty(shape, dtype=dtype) for shape, dtype in shared_types(call, provider))]
+
+
+def shared_types(call: Call, provider: str) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    types = registry.get("experts", provider).kernels.get(SHARED)
+    return [] if types is None else list(types(call))
 
 
 def _saves(provider: str) -> bool:

@@ -60,7 +60,7 @@ def _saving_kernel(*args: Any) -> tuple[Any, list[Any]]:
 
 def _saving_fake(*args: Any) -> tuple[Any, list[Any]]:
     *inputs, provider, needs_grad = args
-    return _fake(*inputs, provider), experts.empty_saved(prepare(*inputs)[0], needs_grad)
+    return _fake(*inputs, provider), experts.new_saved(prepare(*inputs)[0], provider, needs_grad)
 
 
 def _backward_kernel(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:

@@ -29,6 +29,7 @@ from .experts import (
     NAME,
     REVERSE,
     SAVING,
+    SHARED,
     SORTED,
     SORTED_E4M3,
     Call,
@@ -37,7 +38,7 @@ from .experts import (
 from .infer import product_dtypes
 from .kernels import configs, configs_backward, launch, launch_backward, launch_few, launch_scaled, launch_scaled_few
 from .kernels.layers import FLOATS, Layer, layers_of, typical_layers, unfit
-from .kernels.plan import Plan, block_within, kept_rows, plan_of_counts, plan_of_ids, plan_of_order
+from .kernels.plan import Plan, block_within, kept_plan, kept_words, open_plan, plan_of_counts, plan_of_ids, plan_of_order
 from .kernels.plan import supports as can_sort
 from .layout import parse_layout, quantised
 from .program import parse
@@ -100,9 +101,10 @@ def forward_combined_saving(call: Call, out_dtype: Any, needs_grad: Sequence[boo
 
 def reverse(call: Call, grad: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     """From grad, [N, O] of the slots' rows or [T, O] of their sum, to the first products: launch_backward.Carried's tensors."""
-    layers, plan = layers_of(call.program, call.values), _training_plan(call)
+    layers, (products, shared) = layers_of(call.program, call.values), _saved(saved)
+    plan = _training_plan(call, shared)
     kept = reverse_plan(call.program, call.needs(needs_grad), keep=bool(saved)).kept
-    z = launch_backward.saved_products(call, layers, saved, kept, plan)
+    z = launch_backward.saved_products(call, layers, products, kept, plan)
     return launch_backward.reverse(call, layers, grad, z, needs_grad, plan).tensors()
 
 
@@ -122,21 +124,33 @@ def _layers(call: Call) -> tuple[Layer, ...]:
     return (layers_of.__wrapped__ if symbolic else layers_of)(call.program, call.values)
 
 
-def gradients(call: Call, carried: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
+def gradients(call: Call, carried: list[Any], shared: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     """Gradients in call.parameters() order from what reverse gave."""
     layers = layers_of(call.program, call.values)
-    return launch_backward.gradients(call, layers, launch_backward.Carried.of(carried), needs_grad, _training_plan(call))
+    return launch_backward.gradients(call, layers, launch_backward.Carried.of(carried), needs_grad, _training_plan(call, shared))
 
 
 def backward(call: Call, grad: Any, saved: list[Any], needs_grad: Sequence[bool]) -> list[Any]:
     """Both at once."""
-    return gradients(call, reverse(call, grad, saved, needs_grad), needs_grad)
+    return gradients(call, reverse(call, grad, saved, needs_grad), _saved(saved)[1], needs_grad)
 
 
-def _training_plan(call: Call) -> Plan:
-    slots, num_experts = call.order.shape[0], call.offsets.shape[0]
-    block_rows, room = configs_backward.block_rows(slots, num_experts), kept_rows(slots, num_experts)
-    return plan_of_order(call.order, call.offsets, call.x.shape[0] * call.top_k, block_rows, room=room)
+def shared_types(call: Call) -> list[tuple[tuple[Any, ...], torch.dtype]]:
+    """The plan, which is the same in all ops of a training step. Sizes may be symbolic."""
+    return [((kept_words(call.order.shape[0], call.x.shape[0] * call.top_k, call.offsets.shape[0]),), torch.int32)]
+
+
+def _saved(saved: list[Any]) -> tuple[list[Any], list[Any]]:
+    """(products, what is shared); nothing is where a caller has nothing saved."""
+    return saved[:-1], saved[-1:]
+
+
+def _training_plan(call: Call, shared: Sequence[Any]) -> Plan:
+    given, num_slots, num_experts = call.order.shape[0], call.x.shape[0] * call.top_k, call.offsets.shape[0]
+    block_rows = configs_backward.block_rows(given, num_experts)
+    if not shared:
+        return kept_plan(call.order, call.offsets, num_slots, block_rows)
+    return open_plan(shared[0], given, num_slots, num_experts, block_rows)
 
 
 def _rows_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, Plan, list[Any]]:
@@ -144,21 +158,18 @@ def _rows_saving(call: Call, needs_grad: Sequence[bool]) -> tuple[Any, Plan, lis
     reason = launch_backward.unfit(layers, call.program)
     if reason is not None:
         raise ValueError(f"triton: {reason}; choose another provider for training")
-    plan = _plan(call, configs_backward.block_rows(call.order.shape[0], call.offsets.shape[0]))
+    plan = _training_plan(call, ())
     kept = [call.program.steps[step].attrs[0] for step in reverse_plan(call.program, call.needs(needs_grad), keep=True).kept]
     saves = launch.Saves({j: launch_backward.new_product(call, layers[-2], j) for j in kept}, call.offsets)
-    return _through(call, layers, plan, saves), plan, [saves.products[j] for j in kept]
+    return _through(call, layers, plan, saves), plan, [*(saves.products[j] for j in kept), plan.words]
 
 
 def _rows(call: Call) -> tuple[Any, Plan]:
     """(y [P, O] in the plan's rows, the plan)."""
     layers = layers_of(call.program, call.values)
-    plan = _plan(call, _block_rows(call, layers, call.order.shape[0], call.offsets.shape[0]))
+    block_rows = _block_rows(call, layers, call.order.shape[0], call.offsets.shape[0])
+    plan = plan_of_order(call.order, call.offsets, call.x.shape[0] * call.top_k, block_rows)
     return _through(call, layers, plan), plan
-
-
-def _plan(call: Call, block_rows: int) -> Plan:
-    return plan_of_order(call.order, call.offsets, call.x.shape[0] * call.top_k, block_rows)
 
 
 def _block_rows(call: Call, layers: tuple[Layer, ...], slots: int, num_experts: int) -> int:
@@ -280,5 +291,9 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     REVERSE: reverse,
     GRADIENTS: gradients,
 }
-KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()} | {CARRIED: carried_types, LAST: last_of}
+KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()} | {
+    CARRIED: carried_types,
+    LAST: last_of,
+    SHARED: shared_types,
+}
 PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))

@@ -6,7 +6,7 @@
 Autograd frees what a node saved or was given when the node's backward is done. In nodes of their own the saved products are gone before
 the gradients of the weights need memory, and what the last products' gradients need is gone before those of the first ones do; in eager
 mode and (as ops) in a compiled graph. Nodes of parameters compute nothing: their outputs are tokens without memory, in the shapes of what
-their backward gets as gradients.
+their backward gets as gradients. The layer is computed before the nodes are made, so that a device that waits has work while they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ._register import below_autograd, register_op
 from .experts_combine import ARGS, SAVING_OP, arguments, backward_of, prepare
 
 REVERSE_SCHEMA = f"{experts.REVERSE}(Tensor grad_TO, Tensor[] saved, {ARGS}, bool[] needs_grad) -> Tensor[]"
-GRADIENTS_SCHEMA = f"{experts.GRADIENTS}(Tensor[] carried, {ARGS}, bool[] needs_grad) -> Tensor[]"
+GRADIENTS_SCHEMA = f"{experts.GRADIENTS}(Tensor[] carried, Tensor[] shared, {ARGS}, bool[] needs_grad) -> Tensor[]"
 
 
 def takes(provider: str) -> bool:
@@ -41,15 +41,15 @@ def _reverse_fake(grad_TO: Any, saved: list[Any], *args: Any) -> list[Any]:
     return [grad_TO.new_empty(shape, dtype=dtype) for shape, dtype in types]
 
 
-def _gradients_kernel(carried: list[Any], *args: Any) -> list[Any]:
+def _gradients_kernel(carried: list[Any], shared: list[Any], *args: Any) -> list[Any]:
     *inputs, provider, needs_grad = args
     call, _ = prepare(*inputs)
     experts.check_slots(call)
-    found: list[Any] = registry.kernel("experts", provider, experts.GRADIENTS)(call, carried, needs_grad)
+    found: list[Any] = registry.kernel("experts", provider, experts.GRADIENTS)(call, carried, shared, needs_grad)
     return found
 
 
-def _gradients_fake(carried: list[Any], *args: Any) -> list[Any]:
+def _gradients_fake(carried: list[Any], shared: list[Any], *args: Any) -> list[Any]:
     *inputs, _, needs_grad = args
     return experts.empty_grads(prepare(*inputs)[0], needs_grad)
 
@@ -58,32 +58,39 @@ class _Parameters(torch.autograd.Function):
     """Gives tokens for some of what stands between, and takes their gradients to those of some parameters, which need no other."""
 
     @staticmethod
-    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], types: tuple[Any, ...], *tensors: Any) -> Any:
+    def forward(
+        ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], types: tuple[Any, ...], num_shared: int, *tensors: Any
+    ) -> Any:
         ctx.num_weights, ctx.rest, ctx.needs, ctx.wanted = num_weights, rest, needs, [each is not None for each in types]
+        ctx.num_shared = num_shared
         ctx.save_for_backward(*tensors)
-        return tuple(tensors[0].new_empty((), dtype=each[1]).expand(each[0]) for each in types if each)  # no kernel: they are never read
+        x = tensors[num_shared]
+        return tuple(x.new_empty((), dtype=each[1]).expand(each[0]) for each in types if each)  # no kernel: they are never read
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
-        tensors, part = ctx.saved_tensors, iter(given)
+        kept, part = ctx.saved_tensors, iter(given)
+        shared, tensors = kept[: ctx.num_shared], kept[ctx.num_shared :]
         carried = [next(part) if wanted else tensors[0].new_empty(0) for wanted in ctx.wanted]
         with below_autograd():
-            found = GRADIENTS_OP.overload(carried, *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
+            found = GRADIENTS_OP.overload(carried, list(shared), *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
         grads = experts.first_derivatives(found, ctx.needs, tensors)
-        return None, None, None, None, grads[0], None, None, *grads[1:]
+        return *(None for _ in range(5 + ctx.num_shared)), grads[0], None, None, *grads[1:]
 
 
 class _Sum(torch.autograd.Function):
-    """Computes out and keeps products for its backward, which gives the tokens' gradients."""
+    """Gives out, which is computed already, and keeps what was saved for its backward, which gives the tokens' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], of: tuple[int, ...], *tensors: Any) -> Any:
-        own = tensors[len(of) :]
+    def forward(
+        ctx: Any, num_weights: int, rest: tuple[Any, ...], needs: tuple[bool, ...], of: tuple[int, ...], done: list[Any], *tensors: Any
+    ) -> Any:
+        """done: out and the saved tensors; emptied, so that nothing but this node holds them."""
         ctx.num_weights, ctx.rest, ctx.needs, ctx.of = num_weights, rest, needs, of
-        with below_autograd():
-            out, saved = SAVING_OP.overload(*arguments(num_weights, rest, own), needs)
+        out, *saved = done
+        done.clear()
         ctx.num_saved = len(saved)
-        ctx.save_for_backward(*saved, *own)
+        ctx.save_for_backward(*saved, *tensors[len(of) :])
         return out
 
     @staticmethod
@@ -92,7 +99,7 @@ class _Sum(torch.autograd.Function):
         saved, tensors = kept[: ctx.num_saved], kept[ctx.num_saved :]
         with below_autograd():
             carried = REVERSE_OP.overload(grad_TO, list(saved), *arguments(ctx.num_weights, ctx.rest, tensors), ctx.needs)
-        return None, None, None, None, *(carried[at] for at in ctx.of), *(None for _ in tensors)
+        return None, None, None, None, None, *(carried[at] for at in ctx.of), *(None for _ in tensors)
 
 
 def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> Any:
@@ -100,7 +107,12 @@ def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> An
     x, _, _, topk_weights, *params, combine_weights = tensors
     needs = tuple(each is not None and each.requires_grad for each in (x, topk_weights, *params, combine_weights))
     *inputs, provider = arguments(num_weights, rest, tensors)
+    with below_autograd():
+        out, saved = SAVING_OP.overload(*inputs, provider, needs)
     call, _ = prepare(*inputs)
+    shared = saved[len(saved) - len(experts.shared_types(call, provider)) :]
+    done = [out, *saved]
+    del out, saved
     types = registry.kernel("experts", provider, experts.CARRIED)(call, needs)
     last, last_needs = registry.kernel("experts", provider, experts.LAST)(call)
     tokens: list[Any] = []
@@ -110,9 +122,10 @@ def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> An
         if any(part):
             wanted = [at for at, own in enumerate(last) if own == late]
             of += wanted
-            tokens += _Parameters.apply(num_weights, rest, part, tuple(t if at in wanted else None for at, t in enumerate(types)), *tensors)
+            own_types = tuple(t if at in wanted else None for at, t in enumerate(types))
+            tokens += _Parameters.apply(num_weights, rest, part, own_types, len(shared), *shared, *tensors)
     fixed = [None if each is None else each.detach() for each in tensors]
-    return _Sum.apply(num_weights, rest, needs, tuple(of), *tokens, *fixed)
+    return _Sum.apply(num_weights, rest, needs, tuple(of), done, *tokens, *fixed)
 
 
 REVERSE_OP = register_op(REVERSE_SCHEMA, _reverse_kernel, _reverse_fake)

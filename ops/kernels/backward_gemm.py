@@ -29,7 +29,7 @@ def reverse_kernel(
     """Back through an epilogue: products' gradients, h and the rows' own gradients. Grid `programs`, each taking ROWS rows in turn.
 
     dh [P, WIDTH], without the rows' scale; scale float [T*K] or None; z_i [N, OUT] saved products in the order of slots; dz_i [P, OUT]
-    their gradients; h [P, WIDTH] times the scale, or None, may be dh itself; dscale, dw float32 [P] or None, for rows that have a slot.
+    their gradients; h [P, WIDTH] times the scale, or None, may be dh itself; dscale, dw float32 [T*K] or None, for slots that have a row.
     """
     PIECES: tl.constexpr = BM // ROWS
     for piece in tl.range(tl.program_id(0), tl.load(num_blocks) * PIECES, programs):
@@ -69,9 +69,9 @@ def reverse_kernel(
             if dw is not None:
                 per_route += tl.sum(tl.where(inside, per_w, 0.0), 1)
         if dscale is not None:
-            tl.store(dscale + rows, per_scale)
+            tl.store(dscale + safe, per_scale, mask=used)
         if dw is not None:
-            tl.store(dw + rows, per_route)
+            tl.store(dw + safe, per_route, mask=used)
 
 
 @triton.jit
@@ -151,12 +151,13 @@ def column_kernel(
 def bias_dot_kernel(
     grad, b, out, slots, blocks, num_blocks, WIDTH, stride, stride_b, BM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out[r] += sum_j grad[r, j] * b[expert of r, j], in float32, for rows that have a slot. Grid: as many blocks as there can be."""
+    """out[slot of r] += sum_j grad[r, j] * b[expert of r, j], in float32, of rows that have one. Grid: as many blocks as there can be."""
     block = tl.program_id(0)
     if block < tl.load(num_blocks):
         expert = tl.load(blocks + 2 * block)
         r = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
-        used = tl.load(slots + r) >= 0
+        slot = tl.load(slots + r)
+        used = slot >= 0
         total = tl.zeros([BM], tl.float32)
         for k in tl.range(0, WIDTH, BLOCK):
             j = k + tl.arange(0, BLOCK)
@@ -164,4 +165,4 @@ def bias_dot_kernel(
             at = grad + r.to(tl.int64)[:, None] * stride + j[None, :]
             rows = tl.load(at, mask=used[:, None] & (j < WIDTH)[None, :], other=0.0).to(tl.float32)
             total += tl.sum(rows * bias[None, :], 1)
-        tl.store(out + r, tl.load(out + r, mask=used, other=0.0) + total, mask=used)
+        tl.store(out + slot, tl.load(out + slot, mask=used, other=0.0) + total, mask=used)

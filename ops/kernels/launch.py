@@ -16,6 +16,7 @@ from .layers import Columns, Layer
 from .plan import Plan
 
 MOST_TOGETHER = 4  # programs of a multiprocessor
+CLEARING = 4  # programs that write an expert's padding
 ALIGNMENT = 16  # bytes: of the addresses and strides that a descriptor takes
 PRECISION = {torch.float32: "tf32x3"}  # three products of tf32: close to float32, on tensor cores
 
@@ -137,8 +138,9 @@ def _boxes_of_saved(layer: Layer, z: Sequence[Any], t: configs.Tiles) -> list[An
     return [descriptor(each, [t.rows, t.cols]) if each is not None and plain and describable(each, each.dtype) else None for each in z]
 
 
-def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_w: Any = None) -> Any:
-    """[P, H]: x's rows in sorted order, as the layer (one without products) changes them."""
+def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_w: Any = None, clear: bool = False) -> Any:
+    """[P, H]: x's rows in sorted order, as the layer (one without products) changes them. clear: zeros behind an expert's last row, up to
+    the end of its blocks."""
     from .epilogue import epilogue_of
     from .rows import spread_kernel
 
@@ -146,24 +148,13 @@ def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_
     out = torch.empty((plan.slots.shape[0], hidden), dtype=x_TH.dtype if layer is None else layer.dtype, device=x_TH.device)
     if tokens and hidden:
         block, warps = _row_block(hidden)
-        spread_kernel[(tokens, -(-hidden // block))](
-            x_TH, plan.rows, route_w if route_w is not None else plan.rows, out, hidden, x_TH.stride(0), K=top_k,
-            EPILOGUE=None if layer is None else epilogue_of(layer), READS_W=layer is not None and layer.reads_w, BLOCK=block,
-            num_warps=warps,
+        clearing = CLEARING * plan.counts.shape[0] if clear else 0
+        spread_kernel[(tokens + clearing, -(-hidden // block))](
+            x_TH, plan.rows, route_w if route_w is not None else plan.rows, out, plan.counts, plan.firsts, tokens, hidden, x_TH.stride(0),
+            K=top_k, EPILOGUE=None if layer is None else epilogue_of(layer), READS_W=layer is not None and layer.reads_w, BLOCK=block,
+            PARTS=CLEARING if clear else 0, ROWS=plan.block_rows, num_warps=warps,
         )  # fmt: skip
     return out
-
-
-def clear_padding(rows_PH: Any, plan: Plan) -> None:
-    """Zeros in the rows behind an expert's last, up to the end of its blocks."""
-    from .rows import clear_kernel
-
-    width = rows_PH.shape[1]
-    if rows_PH.numel():
-        block, warps = _row_block(width)
-        clear_kernel[(plan.counts.shape[0], -(-width // block))](
-            rows_PH, plan.counts, plan.firsts, width, ROWS=plan.block_rows, BLOCK=block, num_warps=warps
-        )
 
 
 def unspread(x_TH: Any, drows_PH: Any, plan: Plan, layer: Layer, route_w: Any, dx_TH: Any, dw_TK: Any) -> None:

@@ -11,6 +11,7 @@ Sums of rows run in a fixed order: results are the same to the bit in every run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,8 @@ def parameters_of_last(call: Call, layers: Sequence[Layer]) -> list[bool]:
     return [False, False, *lists[0], *lists[1], *([False] if call.combined else [])]
 
 
-def unfit(layers: Sequence[Layer], program: Program) -> str | None:
+@functools.lru_cache(maxsize=256)
+def unfit(layers: tuple[Layer, ...], program: Program) -> str | None:
     """Why a program has no backward here."""
     text, stops = program.text, any(step.op == "stop" for step in program.steps)
     if sum(bool(layer.products) for layer in layers) != 2 or not _plain(layers[-1], program) or stops:
@@ -152,14 +154,11 @@ def reverse(call: Call, layers: Sequence[Layer], grad: Any, z: Mapping[int, Any]
     """From grad, [T, O] of the sum over slots or [N, O] of each, to the first products. z is not read any more after it."""
     hidden, last = layers[-2:]
     share = call.top_k if call.combined else 1
-    rows_PO = _cleared(launch.spread(grad.contiguous().to(last.operand), plan, share), plan)
+    rows_PO = launch.spread(grad.contiguous().to(last.operand), plan, share, clear=True)
     dh_PI = launch.product(_turned(last), rows_PO, call.weights, hidden.width, plan)
-    h, dz, per_scale, per_route = _through_epilogue(call, hidden, last, dh_PI, z, plan, _wants_weights(call, needs))
-    if per_scale is not None and last.biases:
-        _bias_of_last(call, last, rows_PO, per_scale, plan)
-    dscale, dw = (
-        rows_PO.new_empty(0, dtype=torch.float32) if each is None else _to_slots(each, plan, call) for each in (per_scale, per_route)
-    )
+    h, dz, dscale, dw = _through_epilogue(call, hidden, last, dh_PI, z, plan, _wants_weights(call, needs))
+    if dscale.numel() and last.biases:
+        _bias_of_last(call, last, rows_PO, dscale, plan)
     return Carried(rows_PO, rows_PO.new_empty(0) if h is None else h, dscale, dw, tuple(dz[j] for j in first_weights(layers)))
 
 
@@ -209,7 +208,7 @@ def _first_weights(
     step = configs.read_columns(x_TH.shape[1])
     for begin in range(0, x_TH.shape[1], step):
         part = x_TH[:, begin : begin + step]
-        read_PH = _cleared(launch.spread(part, plan, call.top_k, changes, route_w), plan)
+        read_PH = launch.spread(part, plan, call.top_k, changes, route_w, clear=True)
         for j, each in dz.items():
             _weight(call, hidden, j, read_PH, each, weights, plan, begin)
         del read_PH
@@ -245,15 +244,10 @@ def _route_w(call: Call) -> Any:
     return None if call.topk_weights is None else call.topk_weights.contiguous()
 
 
-def _cleared(rows_PH: Any, plan: Plan) -> Any:
-    launch.clear_padding(rows_PH, plan)
-    return rows_PH
-
-
 def _through_epilogue(
     call: Call, hidden: Layer, last: Layer, dh_PI: Any, z: Mapping[int, Any], plan: Plan, wants_h: bool
 ) -> tuple[Any, dict[int, Any], Any, Any]:
-    """(h times the scale or None, dz by weight, each row's gradients of the scale and of w, float32 [P] or None)."""
+    """(h times the scale or None, dz by weight, each slot's gradients of the scale and of w, float32 [T, K], or [0] if not wanted)."""
     from .backward_gemm import reverse_kernel
     from .epilogue import adjoint_of
 
@@ -262,7 +256,8 @@ def _through_epilogue(
     dz = {j: _new_gradient(hidden, j, padded, each) for j, each in z.items()}
     h = None if not wants_h else dh_PI if t.in_place and dh_PI.dtype == last.operand else torch.empty_like(dh_PI, dtype=last.operand)
     scale = _scale(call)
-    per_row = [torch.empty(padded, dtype=torch.float32, device=device) if each else None for each in (scale is not None, hidden.reads_w)]
+    slots = (call.x.shape[0], call.top_k)  # those without an expert have zeros
+    per_slot = [torch.zeros(slots if each else 0, dtype=torch.float32, device=device) for each in (scale is not None, hidden.reads_w)]
     if padded:
         b, b_strides = biases_of(hidden, call.biases)
         first, second = hidden.products[0].of, hidden.products[-1].of
@@ -270,12 +265,12 @@ def _through_epilogue(
         programs = min(padded // t.rows, t.each * processors(device))
         reverse_kernel[(programs,)](
             dh_PI, *b, call.topk_weights.contiguous() if hidden.reads_w else plan.slots, scale, z[first], z[second] if two else None,
-            dz[first], dz[second] if two else None, h, *per_row, plan.slots, plan.blocks, plan.num_blocks, plan.counts, plan.firsts,
-            call.offsets, programs, hidden.width, dh_PI.stride(0), *b_strides, z[first].stride(0), z[second].stride(0), *columns(hidden),
-            ADJOINT=adjoint_of(hidden), READS_W=hidden.reads_w, BIASES=len(hidden.biases), BM=plan.block_rows, ROWS=t.rows, BLOCK=t.cols,
-            num_warps=t.warps,
+            dz[first], dz[second] if two else None, h, *(each if each.dim() == 2 else None for each in per_slot), plan.slots,
+            plan.blocks, plan.num_blocks, plan.counts, plan.firsts, call.offsets, programs, hidden.width, dh_PI.stride(0), *b_strides,
+            z[first].stride(0), z[second].stride(0), *columns(hidden), ADJOINT=adjoint_of(hidden), READS_W=hidden.reads_w,
+            BIASES=len(hidden.biases), BM=plan.block_rows, ROWS=t.rows, BLOCK=t.cols, num_warps=t.warps,
         )  # fmt: skip
-    return h, dz, per_row[0], per_row[1]
+    return h, dz, per_slot[0], per_slot[1]
 
 
 def _new_gradient(hidden: Layer, j: int, padded: int, like: Any) -> Any:
@@ -289,13 +284,6 @@ def _turned(layer: Layer, j: int | None = None) -> Layer:
     """The plain product by a weight whose outputs are read as inputs."""
     of = layer.products[0].of if j is None else j
     return Layer(layer.operand, (Columns(of, 0, 1),), (), False, 0, layer.operand, (), "p0")
-
-
-def _to_slots(values_P: Any, plan: Plan, call: Call) -> Any:
-    """float32 [T, K] of what stands in the plan's rows, 0 for slots without one."""
-    rows = plan.rows.long()
-    found = values_P.index_select(0, rows.clamp(min=0)) if values_P.numel() else values_P.new_zeros(rows.shape)
-    return torch.where(rows >= 0, found, 0).view(call.x.shape[0], call.top_k)
 
 
 def _rows(call: Call, hidden: Layer, dz: Mapping[int, Any], plan: Plan) -> Any:
@@ -367,14 +355,14 @@ def _scale(call: Call) -> Any:
     return call.combine_weights.contiguous() if call.combined and call.combine_weights is not None else None
 
 
-def _bias_of_last(call: Call, last: Layer, grad_PO: Any, dscale_P: Any, plan: Plan) -> None:
+def _bias_of_last(call: Call, last: Layer, grad_PO: Any, dscale_TK: Any, plan: Plan) -> None:
     """What the last layer's bias adds to the gradient of scale."""
     from .backward_gemm import bias_dot_kernel
 
     (bias, _), (stride, _) = biases_of(last, call.biases)
     if plan.blocks.shape[0]:
         bias_dot_kernel[(plan.blocks.shape[0],)](
-            grad_PO, bias, dscale_P, plan.slots, plan.blocks, plan.num_blocks, grad_PO.shape[1], grad_PO.stride(0), stride,
+            grad_PO, bias, dscale_TK, plan.slots, plan.blocks, plan.num_blocks, grad_PO.shape[1], grad_PO.stride(0), stride,
             BM=plan.block_rows, BLOCK=64,
         )  # fmt: skip
 

@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     offsets: Any = None
     in_place: bool = False  # the rows of x are those of the plan, so slots and rows are one tensor: n, or -1
     expected: int = 0  # slots that tiles are chosen by; 0: all
+    words: Any = None  # int32: what all of these are views of, where it is kept for another call (kept_plan)
 
     @property
     def likely(self) -> int:
@@ -131,19 +132,47 @@ def kept_rows(slots: Any, num_experts: int) -> Any:
     return ((slots - hit) // KEPT_BLOCK + hit) * KEPT_BLOCK
 
 
-def plan_of_order(order_N: Any, offsets_E: Any, num_slots: int, block_rows: int, *, room: int = 0) -> Plan:
-    """A plan from sort_ids' results, or from an order that leaves out slots without an expert (which ones is not known here).
+def kept_words(given: Any, num_slots: Any, num_experts: int) -> Any:
+    """int32 words of a plan with P = kept_rows(given, num_experts), for blocks of any number of rows from LEAST_ROWS to KEPT_BLOCK."""
+    return sum(_room(size) for size in _kept_sizes(given, num_slots, num_experts))
 
-    room: rows that P shall have at least, a multiple of block_rows (kept_rows).
-    """
+
+def plan_of_order(order_N: Any, offsets_E: Any, num_slots: int, block_rows: int) -> Plan:
+    """A plan from sort_ids' results, or from an order that leaves out slots without an expert (which ones is not known here)."""
     _check_order(order_N, offsets_E, num_slots)
-    order, offsets = order_N.contiguous(), offsets_E.contiguous()
-    given, num_experts = order.shape[0], offsets.shape[0]
-    plan = _new_plan(given, num_slots, num_experts, block_rows, order.device, room)
+    plan = _new_plan(order_N.shape[0], num_slots, offsets_E.shape[0], block_rows, order_N.device)
+    return _of_order(plan, order_N, offsets_E, num_slots)
+
+
+def kept_plan(order_N: Any, offsets_E: Any, num_slots: int, block_rows: int) -> Plan:
+    """As plan_of_order, with P = kept_rows: its words can be kept, and opened again by other calls of the same order."""
+    _check_order(order_N, offsets_E, num_slots)
+    given, num_experts = order_N.shape[0], offsets_E.shape[0]
+    new = torch.empty if given else torch.zeros
+    words = new(kept_words(given, num_slots, num_experts), dtype=torch.int32, device=order_N.device)
+    return _of_order(open_plan(words, given, num_slots, num_experts, block_rows), order_N, offsets_E, num_slots)
+
+
+def open_plan(words: Any, given: int, num_slots: int, num_experts: int, block_rows: int) -> Plan:
+    """The plan that kept_plan wrote. given: slots of its order."""
+    _check_block_rows(block_rows)
+    _check_rows(kept_rows(given, num_experts), given, num_experts, block_rows)
+    views = _views(words, _kept_sizes(given, num_slots, num_experts))
+    bound = views[0].shape[0] // block_rows
+    return Plan(views[0], views[1], views[2][: 2 * bound].view(bound, 2), views[3], views[4], views[5], block_rows, words=words)
+
+
+def _kept_sizes(given: Any, num_slots: Any, num_experts: int) -> tuple[Any, ...]:
+    padded = kept_rows(given, num_experts)
+    return padded, num_slots, 2 * (padded // LEAST_ROWS), 1, num_experts, num_experts
+
+
+def _of_order(plan: Plan, order_N: Any, offsets_E: Any, num_slots: int) -> Plan:
+    given = order_N.shape[0]
     if given < num_slots:
         plan.rows.fill_(-1)
     if given:
-        _fill(plan, order, offsets, given == num_slots)
+        _fill(plan, order_N.contiguous(), offsets_E.contiguous(), given == num_slots)
     return plan
 
 
@@ -247,24 +276,35 @@ def _check_slots(slots: int) -> None:
 # What is made
 
 
-def _new_plan(given: int, slots: int, num_experts: int, block_rows: int, device: Any, room: int = 0) -> Plan:
-    """A plan of `slots` slots of which `given` can have an expert; undefined if there are any, else that of no slots."""
-    _check_block_rows(block_rows)
-    bound = max(blocks_bound(given, num_experts, block_rows), room // block_rows)
-    if bound * block_rows > MAX_ROWS:
+def _check_rows(rows: int, given: int, num_experts: int, block_rows: int) -> None:
+    if rows > MAX_ROWS:
         raise ValueError(
-            f"{given} slots of {num_experts} experts in blocks of block_rows={block_rows} can need {bound * block_rows} rows, more than "
+            f"{given} slots of {num_experts} experts in blocks of block_rows={block_rows} can need {rows} rows, more than "
             f"{MAX_ROWS}; split the tokens or take smaller blocks"
         )
+
+
+def _new_plan(given: int, slots: int, num_experts: int, block_rows: int, device: Any) -> Plan:
+    """A plan of `slots` slots of which `given` can have an expert; undefined if there are any, else that of no slots."""
+    _check_block_rows(block_rows)
+    bound = blocks_bound(given, num_experts, block_rows)
+    _check_rows(bound * block_rows, given, num_experts, block_rows)
     views = _split((bound * block_rows, slots, 2 * bound, 1, num_experts, num_experts), device, zero=not given)
     return Plan(views[0], views[1], views[2].view(bound, 2), views[3], views[4], views[5], block_rows)
 
 
 def _split(sizes: tuple[int, ...], device: Any, zero: bool) -> list[Any]:
     """int32 tensors of these sizes in one allocation."""
-    room = [-(-size // ALIGN) * ALIGN for size in sizes]
-    buffer = (torch.zeros if zero else torch.empty)(sum(room), dtype=torch.int32, device=device)
-    return [each[:size] for each, size in zip(buffer.split(room), sizes)]
+    return _views((torch.zeros if zero else torch.empty)(sum(map(_room, sizes)), dtype=torch.int32, device=device), sizes)
+
+
+def _room(size: Any) -> Any:
+    return (size + ALIGN - 1) // ALIGN * ALIGN
+
+
+def _views(words: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """Parts of these sizes, one behind the other."""
+    return [each[:size] for each, size in zip(words.split([_room(size) for size in sizes]), sizes)]
 
 
 def _new_order(ids: Any, num_experts: int) -> dict[str, Any]:

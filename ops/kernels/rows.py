@@ -9,16 +9,23 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def spread_kernel(
-    x, rows, route_w, out, H, stride_x, K: tl.constexpr, EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BLOCK: tl.constexpr
+    x, rows, route_w, out, counts, firsts, tokens, H, stride_x, K: tl.constexpr, EPILOGUE: tl.constexpr, READS_W: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """out[rows[t, k]] = EPILOGUE(x[t], w[t, k]), or x[t] where that is None: a token is read once and written for each of its slots.
 
-    x [T, H], rows int32 [T, K], route_w [T, K], out [P, H].
+    x [T, H], rows int32 [T, K], route_w [T, K], out [P, H]. Grid (T + PARTS * E, column blocks): programs behind the tokens' write zeros
+    behind an expert's rows, up to the end of its blocks of ROWS, every PARTS-th row each.
     """
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PARTS > 0:  # noqa: SIM102  (what follows is only known on the device)
+        if t >= tokens:
+            behind = (t - tokens).to(tl.int32)
+            _clear(out, counts, firsts, behind // PARTS, behind % PARTS, cols, H, PARTS, ROWS)
+            return
     values = tl.load(x + t * stride_x + cols, mask=cols < H)
     for k in tl.static_range(K):
         row = tl.load(rows + t * K + k).to(tl.int64)
@@ -33,14 +40,12 @@ def spread_kernel(
 
 
 @triton.jit
-def clear_kernel(out, counts, firsts, WIDTH, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros in out [P, WIDTH] behind an expert's rows, up to the end of its blocks of ROWS. Grid (E, column blocks)."""
-    expert = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _clear(out, counts, firsts, expert, part, cols, WIDTH, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """Zeros in columns of the rows behind an expert's last."""
     count = tl.load(counts + expert)
     first = tl.load(firsts + expert).to(tl.int64)
-    for row in tl.range(count, (count + ROWS - 1) // ROWS * ROWS):
-        tl.store(out + (first + row) * WIDTH + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < WIDTH)
+    for row in tl.range(count + part, (count + ROWS - 1) // ROWS * ROWS, PARTS):
+        tl.store(out + (first + row) * WIDTH + cols, tl.zeros(cols.shape, out.dtype.element_ty), mask=cols < WIDTH)
 
 
 @triton.jit

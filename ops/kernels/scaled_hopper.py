@@ -98,22 +98,26 @@ def _bring(
 
 
 @gluon.jit
-def _multiplied(zero, a_tiles, w_tiles, full, i, STAGES: gl.constexpr, HALF: gl.constexpr):
-    """The sum of step i's inputs, under way."""
+def _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr):
+    """(The sum of step i's inputs, under way; the scales of its rows)."""
     s = i % STAGES
     mbarrier.wait(full.index(s), i // STAGES & 1)
-    return warpgroup_mma(a_tiles.index(s).slice(64 * HALF, 64), w_tiles.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    by = 0
+    if A_SCALES == "step":
+        by = a_rows.index(s).reshape([128]).slice(64 * HALF, 64).load(gl.SliceLayout(1, zero.type.layout))
+    part = warpgroup_mma(a_tiles.index(s).slice(64 * HALF, 64), w_tiles.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return part, by
 
 
 @gluon.jit
 def _scaled(
-    acc, part, a_rows, w_rows, empty, i, at, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr
+    acc, part, by, a_rows, w_rows, empty, i, at, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr
 ):
     """acc + part times the scales of step i, of its rows and w_rows[at] of its weights; its tiles are free then."""
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     s = i % STAGES
     if A_SCALES == "step":
-        by = a_rows.index(s).reshape([128]).slice(64 * HALF, 64).load(rows)
+        fence_async_shared()  # by has come from shared memory before the copy that takes its place there, which waits for no load
     mbarrier.arrive(empty.index(s), count=1)
     if W_SCALES == "step":
         one = w_rows.index(at).load(rows)
@@ -136,16 +140,17 @@ def _product(
     """float32 [64, 128] of all steps, i: of the first; at: where the first one's scale of weights is. Two steps at a time are under way."""
     acc = zero
     for step in range(0, steps - 1, 2):
-        part = _multiplied(zero, a_tiles, w_tiles, full, i, STAGES, HALF)
-        more = _multiplied(zero, a_tiles, w_tiles, full, i + 1, STAGES, HALF)
+        part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
+        more, by_more = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i + 1, A_SCALES, STAGES, HALF)
         part = warpgroup_mma_wait(1, deps=[part])
-        acc = _scaled(acc, part, a_rows, w_rows, empty, i, at + step, W_SCALES, A_SCALES, STAGES, HALF)
+        acc = _scaled(acc, part, by, a_rows, w_rows, empty, i, at + step, W_SCALES, A_SCALES, STAGES, HALF)
         more = warpgroup_mma_wait(0, deps=[more])
-        acc = _scaled(acc, more, a_rows, w_rows, empty, i + 1, at + step + 1, W_SCALES, A_SCALES, STAGES, HALF)
+        acc = _scaled(acc, more, by_more, a_rows, w_rows, empty, i + 1, at + step + 1, W_SCALES, A_SCALES, STAGES, HALF)
         i += 2
     if steps % 2 == 1:
-        part = warpgroup_mma_wait(0, deps=[_multiplied(zero, a_tiles, w_tiles, full, i, STAGES, HALF)])
-        acc = _scaled(acc, part, a_rows, w_rows, empty, i, at + steps - 1, W_SCALES, A_SCALES, STAGES, HALF)
+        part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
+        part = warpgroup_mma_wait(0, deps=[part])
+        acc = _scaled(acc, part, by, a_rows, w_rows, empty, i, at + steps - 1, W_SCALES, A_SCALES, STAGES, HALF)
         i += 1
     return acc, i
 
