@@ -9,18 +9,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .configs import STAGED
-from .tiles import Shape, Tiles
+from .tiles import Shape, Tiles, power
 
 DEPTH = 128
 COLS = 128
-MOST_STAGES = 6
-MOST_TURNED = 1 << 25
+STAGES = 3  # more programs of a multiprocessor hide more than more tiles under way in each
+MOST_TURNED = 1 << 24
+PACKED = ("int4", "fp4")
 
 
 def few(kind: str, numbers: int) -> bool:
-    """Take a token's slots each by itself? numbers: of an expert's weight. Turning many e4m3 into numbers takes longer than
-    multiplying them as they are, which kind "fp8" can."""
-    return kind != "fp8" or numbers < MOST_TURNED
+    """Take a token's slots each by itself? numbers: of an expert's weight. Turning many into numbers takes longer than multiplying them on
+    the tensor core, whose tiles waste only what one slot does not use; numbers of 4 bits take long to turn at any size."""
+    return kind not in PACKED and numbers < MOST_TURNED
 
 
 def block_rows(shape: Shape, kind: str, roles: bool) -> int:
@@ -30,13 +31,14 @@ def block_rows(shape: Shape, kind: str, roles: bool) -> int:
         return 16
     if rows <= 24:
         return 32
-    return 64 if rows <= 64 or (kind == "fp8" and not roles) else 128
+    return 128 if rows > 64 and (roles or kind == "int4") else 64
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
     """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products.
 
-    In e4m3 each step's sum is added up outside the tensor core, which others use meanwhile: programs share a multiprocessor.
+    In e4m3 each step's sum is added up outside the tensor core, which others use meanwhile: programs share a multiprocessor. They do too
+    where weights become numbers in registers, four warps for 64 columns: what a group of four multiplies at a time.
     """
     few = rows <= 32
     cols = COLS // 2 if pairs and not quantised_next else COLS
@@ -44,7 +46,8 @@ def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool)
         warps = 4 if few or (rows == 64 and cols * (2 if pairs else 1) <= COLS) else 8
         t = Tiles(rows, cols, DEPTH, warps, 3 if few else 2, 1 if few else 8, swap=few, early=few)
     else:
-        t = Tiles(rows, cols, DEPTH, 4 if few else 8, MOST_STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
+        cols = cols if (few and kind != "fp4") or quantised_next else cols // 2
+        t = Tiles(rows, cols, DEPTH, 4, STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
     while t.stages > 2 and staged(t, shape, kind, pairs) > STAGED:
         t = replace(t, stages=t.stages - 1)
     return t
@@ -62,6 +65,17 @@ def staged(t: Tiles, shape: Shape, kind: str, pairs: bool) -> int:
     item = 1 if kind == "fp8" else shape.itemsize
     store = t.rows * t.cols * shape.itemsize if t.persistent else 0
     return t.stages * t.depth * (t.rows * item + cols * bits // 8) + store
+
+
+MOST_HELD = 32768  # numbers of all slots in the registers of a program with 8 warps
+
+
+def at_once(inner: int, top_k: int) -> int:
+    """Warps of a program that holds a plain last layer's column, `inner` bytes, for all slots of a token; 0: there are too many."""
+    held = inner * power(top_k)
+    if held > MOST_HELD:
+        return 0
+    return 8 if held > MOST_HELD // 2 else 4 if held > 2048 else 2
 
 
 STRIP = 2048  # bytes of each column that a program of the kernels for single slots holds

@@ -1,4 +1,4 @@
-"""Runs an expert program with quantised weights for a few slots, each by itself (scaled_gemv.py)."""
+"""Runs an expert program with quantised weights for a few slots, each by itself (scaled_gemv.py, scaled_linear.py)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import configs_scaled
 from .launch import biases_of, columns, starts_early, type_of
 from .launch_scaled import KINDS, Operands, on_a_gpu, operands_of
 from .layers import Layer
+from .tiles import power
 
 
 def fits(weights: list[Quantized]) -> bool:
@@ -58,14 +59,40 @@ def _tokens(
     out = torch.empty((tokens, layer.width), dtype=dtype, device=rows.device)
     given, sizes, fixed = _common(layer, own, rows, num_experts, biases, last=True)
     pdl = follows and starts_early(rows.device)
-    if out.numel():
-        sum_w = sum_w if sum_w is None or sum_w.stride(1) == 1 else sum_w.contiguous()
+    sum_w = sum_w if sum_w is None or sum_w.stride(1) == 1 else sum_w.contiguous()
+    warps = 0 if layer.body or len(layer.products) > 1 or own.transposed else _held_by(own, top_k)
+    if out.numel() and warps:
+        _all_slots(own, given, sizes, fixed, share, ids, sum_w, out, pdl, warps)
+    elif out.numel():
         scaled_tokens_kernel[(-(-layer.width // fixed["BN"]), tokens)](
             *given, route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, *sizes[:5],
             0 if sum_w is None else sum_w.stride(0), *sizes[5:], K=top_k, SHARE=share, WEIGHTED=sum_w is not None,
             WIDE=fixed["G"] * fixed["Q"] >= own.units, PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
+
+
+def _held_by(own: Operands, top_k: int) -> int:
+    """Warps whose registers hold a column for all slots of a token; 0: too many numbers, or packed ones, whose rows lie apart then."""
+    return 0 if own.per > 1 else configs_scaled.at_once(power(own.steps) * BLOCK, top_k)
+
+
+def _all_slots(
+    own: Operands, given: tuple[Any, ...], sizes: tuple[Any, ...], fixed: dict[str, Any], share: int, ids: Any, sum_w: Any, out: Any,
+    pdl: bool, warps: int,
+) -> None:  # fmt: skip
+    """A last layer that is a plain product with inputs next to each other."""
+    from .scaled_linear import scaled_linear_kernel
+
+    (rows, w, _, s, *_), (tokens, top_k) = given, ids.shape
+    num, inner, _, steps, width, stride_a, e, i, o, _, _, _, se, si, so, *_ = sizes
+    groups, names = power(steps), ("KIND", "W_SCALES", "OUT_BLOCK", "DTYPE")
+    scaled_linear_kernel[(width, tokens)](
+        rows, w, s, ids, ids if sum_w is None else sum_w, out, num, inner, steps, width, stride_a, 0 if sum_w is None else sum_w.stride(0),
+        e, i, o, se, si, so, START=fixed["START0"], STEP=fixed["STEP0"], K=top_k, KP=power(top_k), SHARE=share, WEIGHTED=sum_w is not None,
+        G=groups, Q=BLOCK, EVEN=inner == groups * BLOCK, PDL=pdl, **{name: fixed[name] for name in names}, num_warps=warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
 
 
 def _common(

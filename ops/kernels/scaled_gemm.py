@@ -23,7 +23,7 @@ import triton.language as tl
 
 from .grouped_gemm import biases_of, dot, matrix, parted, pick, row_tile, tile_columns
 from .scaled_rows import e4m3, in_runs, scales_of
-from .unpack import numbers
+from .unpack import FOLDED, numbers
 
 
 @triton.jit
@@ -154,12 +154,19 @@ def _products(
         ws1 = _weight_scales(scales1, wide1, first1, step, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
     ra = _row_scales(a_scales, rows, step, scale_stride, STEPS, A_SCALES)
     for k in tl.range(0, IN, BK):
-        step += 1  # scales of the next step are under way while this one is multiplied
+        step += 1  # scales of the next step are under way while this one is multiplied, but for "inner"
         next0 = _weight_scales(scales0, wide0, first0, step, si0, so0, STEPS, W_SCALES, OUT_BLOCK, ONE)
         next1 = next0
         if TWO:
             next1 = _weight_scales(scales1, wide1, first1, step, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
         next_a = _row_scales(a_scales, rows, step, scale_stride, STEPS, A_SCALES)
+        if (
+            W_SCALES == "inner"
+        ):  # from one step to the next they would bind how numbers lie in registers, and these go through shared memory
+            ws0 = _weight_scales(scales0, wide0, first0, step - 1, si0, so0, STEPS, W_SCALES, OUT_BLOCK, ONE)
+            ws1 = ws0
+            if TWO:
+                ws1 = _weight_scales(scales1, wide1, first1, step - 1, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
         x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN)
         x = x if KIND == "fp8" else x.to(DTYPE)
         w = _units(w0, base0, wide0, k // PER, (expert, first0), i0, o0, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
@@ -167,9 +174,13 @@ def _products(
         if TWO:
             w = _units(w1, base1, wide1, k // PER, (expert, first1), i1, o1, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
             more = _step(x, w, ws1, ra, more, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, ASSEMBLY)
-        ws0 = next0
-        ws1 = next1
+        if W_SCALES != "inner":
+            ws0 = next0
+            ws1 = next1
         ra = next_a
+    if ASSEMBLY & (KIND == "fp4") & (PER == 4) & (tl.bfloat16 == DTYPE):
+        acc *= FOLDED
+        more *= FOLDED
     acc = _scaled_once(acc, scales0, wide0, so0, W_SCALES, SWAP)
     if TWO:
         more = _scaled_once(more, scales1, wide1, so1, W_SCALES, SWAP)

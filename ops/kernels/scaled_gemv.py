@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .grouped_gemm import biases_of, matrix, slot_of, tile_columns
-from .unpack import number, power_of_two
+from .unpack import FOLDED, number, power_of_two
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _product(
             scales = tl.load(
                 s + (cols // OUT_BLOCK)[:, None] * scale_o + group[None, :] * scale_i, mask=group[None, :] < STEPS, other=0.0
             )[:, :, None]  # fmt: skip
-            factor = power_of_two(scales, DTYPE) if W_SCALES == "inner" else scales.to(tl.float32)
+            factor = power_of_two(scales, DTYPE, FAST) if W_SCALES == "inner" else scales.to(tl.float32)
         if PER == 1:
             part = number(tile, 0, KIND, DTYPE, factor, FAST).to(tl.float32) * _row(at, units, IN, EVEN)
         elif PER == 2:
@@ -70,6 +70,8 @@ def _product(
     result = tl.sum(tl.sum(total, 2), 1)  # not of [BN, G * Q]: Triton 3.6 adds up the wrong lanes of some reshaped tiles
     if W_SCALES == "once":
         result *= tl.load(s + cols * scale_o).to(tl.float32)
+    if FAST & (KIND == "fp4"):
+        result *= FOLDED
     return result[None, :]
 
 

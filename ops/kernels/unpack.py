@@ -11,15 +11,13 @@ import triton.language as tl
 
 
 def _fp4(i: int) -> str:
-    """Number i of two int16 into bfloat16: sign and three bits to their places, times 2^126 for the exponent's bias, times the scale."""
+    """Number i of two int16 into bfloat16: sign and three bits to their places, which is the number / 2^126, times the scale / FOLDED."""
     first = f"shl.b32 t, $1, {12 - 4 * i};" if i < 3 else "mov.b32 t, $1;"
-    return f"""{{ .reg .b32 t, u, c;
+    return f"""{{ .reg .b32 t, u;
         {first}
         and.b32 u, t, 0x70007000;
         shr.u32 u, u, 6;
         lop3.b32 u, t, 0x80008000, u, 0xEA;
-        mov.b32 c, 0x7E807E80;
-        mul.rn.bf16x2 u, u, c;
         mul.rn.bf16x2 $0, u, $2; }}"""
 
 
@@ -34,13 +32,18 @@ def _int4(i: int) -> str:
 
 
 FP4: tl.constexpr = tl.constexpr(tuple(_fp4(i) for i in range(4)))
+FOLDED: tl.constexpr = tl.constexpr(2.0**63)  # what sums of such products are short of; half of 2^126, so that neither end is reached
 INT4: tl.constexpr = tl.constexpr(tuple(_int4(i) for i in range(4)))
 
 
 @triton.jit
-def power_of_two(exponent, DTYPE: tl.constexpr):
-    """2^(exponent - 127) of uint8; 0 for exponent 0."""
-    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(DTYPE)
+def power_of_two(exponent, DTYPE: tl.constexpr, FOLD: tl.constexpr):
+    """2^(exponent - 127) of uint8; 0 for exponent 0. FOLD: bfloat16 for FP4, times 2^126 / FOLDED; infinite from 2^65 on."""
+    if FOLD:
+        found = (tl.minimum(exponent.to(tl.int32) + 63, 255) << 7).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        found = (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True).to(DTYPE)
+    return found
 
 
 @triton.jit
@@ -60,10 +63,12 @@ def _small_integer(bits):
 
 @triton.jit
 def number(units, NTH: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, factor, FAST: tl.constexpr):
-    """Number NTH of each unit; of "fp4" times factor. FAST: of int16 into bfloat16, two at a time, by assembly."""
+    """Number NTH of each unit; of "fp4" times factor. FAST: of int16 into bfloat16, two at a time, by assembly, "fp4" with a folded one."""
     if KIND == "fp8":
         found = units
-    elif (KIND == "int8") | (KIND == "e4m3"):
+    elif KIND == "e4m3":
+        found = units.to(tl.float32).to(DTYPE)  # straight to bfloat16 takes the slowest of conversions
+    elif KIND == "int8":
         found = units.to(DTYPE)
     elif FAST:
         if KIND == "int4":
@@ -78,13 +83,16 @@ def number(units, NTH: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, fa
 
 @triton.jit
 def numbers(units, scales, KIND: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """[N, PER * BU]: first the first number of each unit, then the second, ... scales, of "fp4": exponents [N, 4], each of BU / 4 units."""
+    """[N, PER * BU]: first the first number of each unit, then the second, ... scales, of "fp4": exponents [N, 4], each of BU / 4 units.
+
+    Of "fp4" by assembly they are 1 / FOLDED of what they stand for.
+    """
     N: tl.constexpr = units.shape[0]
     BU: tl.constexpr = units.shape[1]
     FAST: tl.constexpr = ASSEMBLY & (PER == 4) & (tl.bfloat16 == DTYPE)
     factor = 1.0
     if KIND == "fp4":
-        factor = power_of_two(scales, DTYPE)[:, :, None].broadcast_to(N, 4, BU // 4).reshape(N, BU)
+        factor = power_of_two(scales, DTYPE, FAST)[:, :, None].broadcast_to(N, 4, BU // 4).reshape(N, BU)
     found = number(units, 0, KIND, DTYPE, factor, FAST)
     if PER == 2:
         found = tl.join(found, number(units, 1, KIND, DTYPE, factor, FAST)).permute(0, 2, 1).reshape(N, 2 * BU)
