@@ -27,6 +27,7 @@ from layer_case import KINDS, SHAPES, Case, Inputs, Layer, Rates, Reference, Wor
 from layer_peers import Maker, Peer
 
 SETS = 3  # of inputs that take turns
+AHEAD = 60_000_000  # cycles that the device is busy while the host launches a sample of training
 LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative error of a row; of a gradient twice that
 E4M3_LIMIT = 1e-1  # where rows are quantised: 3 bits behind the point in both products, 4e-2 to 6e-2 in large layers, 8e-2 in tiny ones
 Tell = Callable[[dict[str, Any]], None]  # sends a message to moe_layer.py
@@ -164,10 +165,13 @@ class Stumbled(Exception):
 
 
 class Clock:
-    """Samples of several runners in turn: copy inputs in, overwrite the cache, time one run."""
+    """Samples of several runners in turn: copy inputs in, overwrite the cache, time one run.
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.cuda, self.repeats = device.type == "cuda", repeats
+    ahead: what is no graph waits on the device until the host has launched all of it.
+    """
+
+    def __init__(self, device: torch.device, repeats: int, ahead: bool = False) -> None:
+        self.cuda, self.repeats, self.ahead = device.type == "cuda", repeats, ahead
         self.scratch = torch.empty(timing.FLUSH_BYTES if self.cuda else 0, dtype=torch.uint8, device=device)
 
     def microseconds(self, ready: list[Found], before: Callable[[Found], None]) -> list[float]:
@@ -191,10 +195,10 @@ class Clock:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if runner.graph is None:
             runner.result = None
-        else:
-            torch.cuda._sleep(timing.HEAD_START)  # so that the host is ahead
+        if runner.graph is not None or self.ahead:
+            torch.cuda._sleep(timing.HEAD_START if runner.graph is not None else AHEAD)  # so that the host is ahead
         self.scratch.zero_()
-        if runner.graph is None:
+        if runner.graph is None and not self.ahead:
             torch.cuda.synchronize()
         begin.record()
         runner.run()
@@ -291,7 +295,7 @@ def rows_of(
     shape, floor = case.shape, work.floor(rates)
     common = {
         **about, "shape": case.name, "hidden": shape.hidden, "inter": shape.inter, "experts": shape.experts, "top_k": shape.top_k,
-        "dtype": dtype_name(args), "mode": "train" if case.train else "forward", "tokens": case.tokens, "routing": case.routing,
+        "dtype": dtype_name(args), "mode": mode_of(case, args.ahead), "tokens": case.tokens, "routing": case.routing,
         "floor_us": round(floor, 2), "flops": work.flops, "bytes": work.bytes, "flop_rate": rates.flops, "byte_rate": rates.bytes,
     }  # fmt: skip
     return [{**common, **columns_of(each, floor, limit)} for each in found]
@@ -304,6 +308,11 @@ def columns_of(found: Found, floor: float, limit: float) -> dict[str, Any]:
         "peer": found.name, "us": round(found.us, 2) if timed else "", "of_floor": round(floor / found.us, 3) if timed else "",
         "error": f"{found.error:.1e}" if timed else "", "ok": found.error <= limit, "peak_gib": round(found.peak, 2), "note": found.note,
     }  # fmt: skip
+
+
+def mode_of(case: Case, ahead: bool) -> str:
+    """One of layer_plot.WAYS."""
+    return ("train ahead" if ahead else "train") if case.train else "forward"
 
 
 def dtype_name(args: argparse.Namespace) -> str:
@@ -355,7 +364,7 @@ def points(args: argparse.Namespace, job: dict[str, Any], tell: Tell) -> None:
     rates = Rates.measured(args.torch_dtype, device, layer.quantises_rows)
     tell({"line": f"{job['shape']}: {rates.flops / 1e12:.0f} TFLOP/s, {rates.bytes / 1e12:.2f} TB/s"})
     about, makers = about_run(args, device, job["command"]), chosen(args)
-    clock, limit = Clock(device, args.repeats), limit_of(layer)
+    clock, limit = Clock(device, args.repeats, args.ahead), limit_of(layer)
     for tokens, routing, broken in job["points"]:
         case, begin = Case(job["shape"], SHAPES[job["shape"]], tokens, routing, args.train), time.perf_counter()
         found, work = measure(case, layer, makers, clock, broken, tell)

@@ -19,6 +19,7 @@ CASE = ("session", "mode", "dtype", "shape", "tokens", "routing")
 WAYS = {
     "forward": "Forward: replays of a CUDA graph (on a CPU: eager calls).",
     "train": "Train: eager calls of forward and backward (x, both weights, routing weights), from an idle device.",
+    "train ahead": "Train ahead: the same on a device that is busy until the host has launched all, so the host's part does not count.",
 }
 
 Row = dict[str, str]
@@ -160,7 +161,7 @@ def _extremes(own: list[Point], peers: list[str]) -> list[str]:
         return max((float(point.rows[peer][key]) for point in own if peer in point.rows and point.rows[peer]["us"]), default=0.0)
 
     lines = ["Largest errors: " + ", ".join(f"{peer} {most(peer, 'error'):.1e}" for peer in peers) + "."]
-    if own[0].first["mode"] == "train" and any(most(peer, "peak_gib") for peer in peers):
+    if own[0].first["mode"].startswith("train") and any(most(peer, "peak_gib") for peer in peers):
         lines += [
             "",
             "Most memory beside weights and inputs, GiB: " + ", ".join(f"{peer} {most(peer, 'peak_gib'):.1f}" for peer in peers) + ".",

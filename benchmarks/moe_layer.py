@@ -2,13 +2,14 @@
 
     python benchmarks/moe_layer.py --forward [--shapes qwen3 mixtral] [--tokens 1 16 4096] [--routings uniform zipf] [--peers NAME ...]
                                    [--without NAME ...] [--repeats 20] [--out NAME] [--verbose]
-    python benchmarks/moe_layer.py --train --tokens 16384 --routings uniform
+    python benchmarks/moe_layer.py --train [--ahead] --tokens 16384 --routings uniform
     python benchmarks/moe_layer.py --quant fp8 --shapes qwen3 mixtral dsv3
     python benchmarks/moe_layer.py --quant mxfp4 --shapes gptoss
     python benchmarks/moe_layer.py --cpu --shapes tiny --tokens 5        (only shows that it works)
 
 Everything from ids to the combined output is timed. Forward: replays of a CUDA graph; training: eager calls of forward and backward (x,
-both weights, routing weights). Before each sample the inputs of another set are copied in, so that the routing changes between replays, and
+both weights, routing weights), from an idle device, or with --ahead on one that is busy until the host has launched all, as it is where
+other layers come before. Before each sample the inputs of another set are copied in, so that the routing changes between replays, and
 the L2 cache is overwritten. Peers take turns, so that a drift of the clocks meets all; medians. The floor is the larger of operations over
 the rate of an 8192^3 product and bytes over the rate of a large copy, both measured before each shape.
 Every peer is held against float32 for a random part of the tokens, for all input sets, in outputs that held NaN before. One that is off is
@@ -149,6 +150,7 @@ def parse_args() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--forward", action="store_true", help="the default")
     mode.add_argument("--train", action="store_true", help="forward and backward, eager")
+    parser.add_argument("--ahead", action="store_true", help="in training: the clock starts when the host has launched all")
     parser.add_argument("--shapes", nargs="+", default=["qwen3", "mixtral", "gptoss", "dsv3"], choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--routings", nargs="+", default=list(ROUTINGS), choices=ROUTINGS)
@@ -165,6 +167,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.torch_dtype = getattr(torch, args.dtype)
+    if args.ahead and not args.train:
+        parser.error("--ahead is for --train: the host has no part in replays of a graph; add --train")
     if args.quant and args.train:
         parser.error("--quant is for --forward: quantised weights have no gradients; leave --train out")
     return args

@@ -29,9 +29,9 @@ def block_rows(shape: Shape, kind: str, roles: bool) -> int:
     rows = shape.slots / max(1, shape.experts)
     if rows <= 8:
         return 16
-    if rows <= 24:
+    if rows <= (40 if kind == "fp8" else 24):
         return 32
-    return 128 if rows > 64 and (roles or kind == "int4") else 64
+    return 128 if rows > 64 and (roles or kind in PACKED) else 64
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
