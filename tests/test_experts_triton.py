@@ -25,7 +25,7 @@ from triton_cases import (
     run_backward,
 )
 
-from moe_compile.ops import experts, experts_triton
+from moe_compile.ops import experts, experts_combine, experts_triton, experts_two_steps
 from moe_compile.ops.kernels import configs, configs_backward, launch, launch_backward
 from moe_compile.ops.kernels.layers import typical_layers
 from moe_compile.ops.program import parse
@@ -160,6 +160,25 @@ def where() -> str:
 def alike(got: Any, wanted: Any) -> None:
     for a, b in zip(got, wanted, strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+@CASES.add((7,), (0,))
+def fakes_of_training(tokens: int) -> None:
+    """Shapes and dtypes of what the forward saves (products and the plan), of what stands between, and of gradients."""
+    (x, w, w13, w2), ids = tensors(tokens)
+    order, offsets = counting_sort(torch.where(ids == 1, -1, ids), 4)
+    args = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in (x, order, offsets))
+    weights = [w13.detach(), w2.detach()]
+    rest = (*args, None, weights, [], TWO_HALVES, "eoi,eoi", "", 2, w.detach(), x.dtype, "triton", [True, False, True, True, True])
+
+    def check(op: Any, *own: Any) -> Any:
+        torch.library.opcheck(op.overload, own, test_utils=("test_schema", "test_faketensor"))
+        return op.overload(*own)
+
+    out, saved = check(experts_combine.SAVING_OP, *rest)
+    assert [each.is_floating_point() for each in saved] == [True, False]
+    carried = check(experts_two_steps.REVERSE_OP, torch.ones_like(out), saved, *rest)
+    check(experts_two_steps.GRADIENTS_OP, carried, saved[-1:], *rest)
 
 
 @CASES.add()
