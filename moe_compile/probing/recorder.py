@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,13 +17,14 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing import contents, counting, hit, tokens
+from moe_compile.probing import contents, counting, hit, lists, tokens
 from moe_compile.probing.chosen import choosing
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
 from moe_compile.probing.fakes import called
 from moe_compile.probing.indices import chosen_element, cut_to, first_rows, flat, is_mask, plain_index
 from moe_compile.probing.numbers import Numbers
+from moe_compile.probing.paths import Cell
 from moe_compile.probing.ranges import Ranges
 from moe_compile.probing.reads import opens
 from moe_compile.probing.regions import autocast_marked, grad_mode
@@ -55,7 +57,8 @@ class Recorder(TorchFunctionMode):
         self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None], flat: bool = False, loops: str = "sizes"
     ) -> None:
         super().__init__()
-        self.over_tokens = loops  # which loops are ones over tokens: over "sizes" of inputs, "any" that no other stands around, "none"
+        # Which loops are ones over tokens: over "sizes" of inputs, "any" that no other stands around, "none"; "lists": they fill lists.
+        self.over_tokens = loops
         self.flat = flat
         self.numbers, self.tape, self.root, self.entering = numbers, tape, root, entering
         self.constants, self.ranges = Constants(), Ranges()
@@ -69,7 +72,12 @@ class Recorder(TorchFunctionMode):
         self.stacked: dict[tuple, tuple[torch.Tensor, tuple]] = {}  # experts and what they read -> what they all give; kept with both
         self.loops: list[tokens.Loop] = []  # over tokens, that are open
         self.waiting: tokens.Loop | None = None  # that has not begun
+        self.members: dict[sympy.Symbol, tokens.Loop | Cell] = {}  # numbers of tokens that are put into lists
+        self.called: set[str] = set()  # names in loops that fill lists
+        self.beyond = False  # is something compared in them
+        self.cells: dict[int, tuple[torch.Tensor, Cell]] = {}  # id of one token's part of a tensor -> it
         self.looped = self.unrolled = False  # were there any; was an expert chosen by data without one
+        self.listing = False  # do tokens go into lists
 
     # ------------------------------------------------------------ torch calls
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -94,6 +102,10 @@ class Recorder(TorchFunctionMode):
             return cut
         if self.loops and name in _ELEMENT_INDEX and (at := tokens.place(self, args[1])) is not None:
             return tokens.write(self, args[0], at, args[2]) if "set" in name else tokens.read(self, args[0], at)
+        if self.members and (every := lists.tensor(self, name, args, kwargs)) is not None:
+            return every
+        if self.members and name in ("__getitem__", "getitem") and (element := lists.element(self, args[0], args[1])) is not None:
+            return element
         if self.looped and (every := tokens.stacked(self, name, args, kwargs)) is not None:
             return every
         if name in ("__getitem__", "getitem") and (element := chosen_element(self, args[0], args[1])) is not None:
