@@ -101,13 +101,23 @@ def data_dependent(gm: GraphModule) -> bool:
 
 def _why_without(frame: Any, error: Exception) -> str:
     code = frame.f_code
-    where = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    name, file, line = own_code(frame) if code.co_filename.startswith("<") else (code.co_name, code.co_filename, code.co_firstlineno)
+    where = f"{name} ({file}:{line})"
     causes = list(_causes(error))
     ours = next((cause for cause in causes if isinstance(cause, NothingRewritten)), None)
     last = causes[-1]
     text = (str(last).splitlines() or [""])[0]
     why = str(ours or f"capturing it with {' and '.join(FLAGS)} raised {type(last).__name__}: {text}")
     return f"{where} is compiled without Dynamo's capture flags: {why}"
+
+
+def own_code(frame: Any) -> tuple[str, str, int]:
+    """Name, file and line of what the user wrote, where the frame runs a forward that probing has made."""
+    from moe_compile.probing.install import own_forward
+
+    cls = type(frame.f_locals.get("self"))
+    code = getattr(own_forward(cls), "__code__", frame.f_code) if hasattr(cls, "forward") else frame.f_code
+    return f"{cls.__name__}.{code.co_name}", code.co_filename, code.co_firstlineno
 
 
 def _over_ranks(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from moe_compile.report import GraphReport, RegionReport
 from . import blocks
 from .decisions import Decision, among_pairs, callee, chosen_by_caller, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
+from .lift.places import tensor, where
 from .liveness import Remap
 from .quantize import drop_unread, left_dequantised, rows_as_they_are
 from .quantize_blocks import Block, quantize_blocks
@@ -195,7 +196,7 @@ class _Part:
             if entry.rewritten or not (fed is not None or self._other(d, entry)):
                 entries.append(entry)
         if not self.decisions and (given := chosen_by_caller(self.gm.graph)) is not None:
-            self.notes.append(f"the caller chooses, by {given.name} (0, 1, ...)")
+            self.notes.append(f"the caller chooses, by {tensor(given)} (0, 1, ...)")
         if self.spliced:
             self._route()
             drop_unread(self.gm.graph)
@@ -231,7 +232,7 @@ class _Part:
         return other
 
     def _one(self, d: Decision, until: Node | None) -> RegionReport:
-        entry = RegionReport(rewritten=False, where=_where(d.ids), module=_module(d.ids))
+        entry = RegionReport(rewritten=False, where=where(d.ids), module=_module(d.ids))
         try:
             with self.clock("lift"):
                 again = first_match([k.recorded for k in self.known], d, self.ambient[d.ids], self._facts(d))
@@ -329,16 +330,6 @@ def _describe(entry: RegionReport, region: MoERegion) -> None:
     rest = " + what stood in the accumulator" if f.rest else ""
     entry.formula = f"out[t] = sum_k {weight}f(x[t]; ids[t,k]){rest},  f(x) = {f.program}"
     entry.num_experts, entry.top_k = f.num_experts, f.top_k
-
-
-def _where(n: Node) -> str:
-    """ "file:line" of the user's code that made the node."""
-    trace = n.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    file, line = lines[-1].split(",")[:2]
-    return f"{file.removeprefix('File ').strip().strip(chr(34))}:{line.replace('line', '').strip()}"
 
 
 def _module(n: Node) -> str | None:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .decisions import callee
+from .lift.places import USERS
 from .lift.sizes import size_of
 from .pulled import dequantisation
 
@@ -241,6 +242,7 @@ class Trace:
         for a in made:
             if n is not None:
                 self.owner[a] = n
+                a.meta[USERS] = n
             if not self.grad:
                 a.meta["no_grad"] = True
         if n is not None:

@@ -190,6 +190,8 @@ def _why(e: Exception) -> str:
         return f"{place}: a list is indexed by a number that only the data tells: which expert runs is decided one token after the other"
     if type(cause).__name__ == "GuardOnDataDependentSymNode":
         return f"{place}: torch asks for a number that only the data tells, a number of rows or an id, to know a shape{code}"
+    if "convert all Tensors to FakeTensors" in str(cause):
+        return f"{place}: a tensor comes from outside of the module, of a file or an object: a buffer of the module would be seen{code}"
     return f"{place}: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}{code}"
 
 

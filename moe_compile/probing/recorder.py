@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing import contents, counting, hit, lists, tokens
+from moe_compile.probing import contents, counting, drawn, hit, lists, tokens
 from moe_compile.probing.chosen import choosing
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
@@ -43,7 +43,15 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__float__": contents.item, "tolist": contents.tolist, "numpy": contents.numpy, "__array__": contents.numpy,
     "__len__": contents.length, "__format__": contents.formatted, "__iter__": hit.iterate, "unbind": hit.unbind,
     "bincount": counting.bincount, "histc": counting.histc, "one_hot": counting.one_hot, "_set_grad_enabled": grad_mode,
+    "dropout": drawn.dropout, "dropout_": drawn.dropout, "alpha_dropout": drawn.dropout,
 }  # fmt: skip
+
+
+def _is_method(func: Any, name: str) -> bool:
+    """Of tensors; `x ** 2` calls a function of no name in torch's file of tensors that is `pow` by its own account."""
+    if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") or getattr(torch.Tensor, name, None) is func:
+        return True
+    return getattr(func, "__module__", "") == "torch._tensor" and hasattr(torch.Tensor, name)
 
 
 class _Decided:
@@ -138,10 +146,9 @@ class Recorder(TorchFunctionMode):
             return out
         known = self.constants.result(func, name, args, kwargs)
         written = self.tape.written(args), self.tape.written(kwargs)
-        if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") or getattr(torch.Tensor, name, None) is func:
-            n = self._method(name, *written)
-        else:
-            n = self.tape.add("call_function", func, *written)
+        if written[1].get("requires_grad") is True and any(p.requires_grad for p in self.root.parameters()):
+            del written[1]["requires_grad"]  # of a tensor made here, whose gradient nobody reads; Dynamo breaks there
+        n = self._method(name, *written) if _is_method(func, name) else self.tape.add("call_function", func, *written)
         self._effects(name, args, kwargs)
         self.tape.hold(n, out)
         if isinstance(out, torch.Tensor) and known is not None:
