@@ -91,6 +91,8 @@ class Emitter:
             return self._load(e, columns)
         if e.op == "cast":
             return self.method("to", self.matrix(a[0], columns), a[1])
+        if e.op == "size":
+            return self._size(e.args[0])
         if e.op == "stop":
             return self.method("detach", self.matrix(a[0], columns))
         if e.op == "clamp":
@@ -105,6 +107,19 @@ class Emitter:
         if e.op == "sel":
             raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {computed(e)}")
         return self.pointwise(e, [self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+
+    def _size(self, size: Any) -> Any:
+        """A number that the code calculates from sizes (a capacity, say): from sizes of what the window reads anyway."""
+        from moe_compile.probing.errors import NotProbed
+        from moe_compile.probing.formulas import written
+
+        try:
+            return size_argument(self, size, size)
+        except Refused as e:
+            try:
+                return written(size, lambda s: size_argument(self, s, s), lambda f, args: self.call(f, *args))
+            except NotProbed:
+                raise e from None
 
     def _column(self, e: Expr) -> Node:
         """e over the rows, as one column of full height."""
@@ -188,7 +203,7 @@ class Emitter:
         if not all(isinstance(v, Var) for v in mine) or len(set(mine)) < len(mine):
             raise _unwritten(e)
         on_rows, rest = [v for v in self.rows if v in mine], [v for v in columns if v in mine]
-        if len(on_rows) not in (0, len(self.rows)) or len(rest) not in (0, len(columns)) or len(on_rows) + len(rest) < len(mine):
+        if len(rest) not in (0, len(columns)) or len(on_rows) + len(rest) < len(mine):
             raise _unwritten(e)
         want = on_rows + rest
         if mine != want:
@@ -201,9 +216,17 @@ class Emitter:
             node = self.method("permute", node, *order)
             sizes = [sizes[i] for i in order]
         width = prod(v.size for v in rest)
+        if 0 < len(on_rows) < len(self.rows):
+            return self._repeated(node, on_rows, width)
         if len(sizes) == 2 and len(on_rows) and sizes[1] == width:
             return node
         return self.method("reshape", node, -1 if on_rows else 1, width)
+
+    def _repeated(self, node: Node, some: list[Var], width: Size) -> Node:
+        """A tensor [some of the rows' variables, width], the same for all of the others (a choice for each sequence, say)."""
+        extents = [size_argument(self, v.size, v.size) for v in self.rows]
+        node = self.method("reshape", node, *[n if v in some else 1 for v, n in zip(self.rows, extents)], width)
+        return self.method("reshape", self.method("expand", node, *extents, width), -1, width)
 
     # ------------------------------------------------------------ parameters
     def parameter(

@@ -58,7 +58,7 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap
             _check_sources(region, emitter.read, set(removed), at)
             if region.target is not None:
                 graph.call_method("copy_", (at(region.target), value))
-    except Refused:
+    except (Refused, LookupError):
         _erase(graph, [n for n in reversed(graph.nodes) if n not in before])
         raise
     added = [n for n in graph.nodes if n not in before]

@@ -179,6 +179,7 @@ class _Part:
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
         self.taken: set[Node] = set()  # ids of decisions that a rewritten block takes beside its own
+        self.paired = False  # was a block rewritten from two choices that share its buffers: then the next may be one, too
         self.notes: list[str] = []
         self.spliced: list[Block] = []
 
@@ -212,10 +213,14 @@ class _Part:
     def _both(self, before: Decision | None, d: Decision, later: list[Decision]) -> RegionReport:
         """What follows d; or what follows the choice before it, where two choices one after the other share the experts' buffers."""
         until = window_end(d, later)
+        pair = before is not None and before.ids in self.table and d.ids in self.table
+        if pair and self.paired and (both := self._one(before, until)).rewritten:  # type: ignore[arg-type]
+            return both
         entry = self._one(d, until)
-        if entry.rewritten or before is None or before.ids not in self.table or d.ids not in self.table:
+        if entry.rewritten or not pair or self.paired:
             return entry
-        both = self._one(before, until)
+        both = self._one(before, until)  # type: ignore[arg-type]
+        self.paired = both.rewritten
         return both if both.rewritten or both.formula or NO_EXPERTS in (entry.reason or "") else entry
 
     def _facts(self, d: Decision) -> dict[Node, Decision]:

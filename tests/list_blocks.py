@@ -233,6 +233,64 @@ class LimitedInAFunction(_Lists):
             lists[e].append(pair)
 
 
+class LimitedInALocalFunction(_Lists):
+    def fill(self, x, ids, lists):
+        used = [0] * E
+
+        def put(e, pair):
+            used[e] += 1
+            if used[e] <= LIMIT:
+                lists[e].append(pair)
+
+        for t, chosen in enumerate(ids.tolist()):
+            for k, e in enumerate(chosen):
+                put(e, (t, k))
+
+
+class _Buckets:
+    def __init__(self, lists):
+        self.lists = lists
+
+    def put(self, e, pair):
+        if self.lists[e].__len__() < LIMIT:
+            self.lists[e].append(pair)
+
+
+class LimitedInAnObject(_Lists):
+    def fill(self, x, ids, lists):
+        buckets = _Buckets(lists)
+        for t, chosen in enumerate(ids.tolist()):
+            for k, e in enumerate(chosen):
+                buckets.put(e, (t, k))
+
+
+class _Store:
+    def __init__(self, lists, most):
+        self.lists, self.most = lists, most
+
+    def first(self, e):
+        return self.lists[e][: self.most]
+
+
+class CutByAnObject(_Lists):
+    def pairs(self, lists, e):
+        return _Store(lists, LIMIT * 2).first(e)
+
+
+class LimitedBehindAGenerator(_Lists):
+    def each(self, ids):
+        for t, chosen in enumerate(ids.tolist()):
+            for k, e in enumerate(chosen):
+                yield t, k, e
+
+    def fill(self, x, ids, lists):
+        used = [0] * E
+        for t, k, e in self.each(ids):
+            used[e] += 1
+            if used[e] <= LIMIT:
+                lists[e].append((t, k))
+
+
 class CountedDown(_Lists):
     def fill(self, x, ids, lists):
         left = [LIMIT] * E
@@ -327,6 +385,10 @@ TRAPS: dict[str, tuple[type[Block], str]] = {
     "LimitedByLength": (LimitedByLength, "compares numbers by <"),
     "LimitedByCount": (LimitedByCount, "compares numbers by >="),
     "LimitedInAFunction": (LimitedInAFunction, "compares numbers by <="),
+    "LimitedInALocalFunction": (LimitedInALocalFunction, "compares numbers by <="),
+    "LimitedInAnObject": (LimitedInAnObject, "compares numbers by <"),
+    "CutByAnObject": (CutByAnObject, "a method of an object cuts"),
+    "LimitedBehindAGenerator": (LimitedBehindAGenerator, "not in a plain `for` loop"),
     "CountedDown": (CountedDown, "decides by a truth value"),
     "StopsAtOne": (StopsAtOne, "off by"),
     "OtherSlot": (OtherSlot, "in which nothing was asked of the data"),

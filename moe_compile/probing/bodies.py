@@ -7,11 +7,13 @@ What compares for equality, or cuts a list, is let through; the check then takes
 from __future__ import annotations
 
 import dis
+import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
-from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.errors import NotProbed, of_user_file
 
 if TYPE_CHECKING:
     from moe_compile.probing.reads import Reads
@@ -25,20 +27,46 @@ _SLICES = {"BUILD_SLICE": None, "BINARY_SLICE": 2, "STORE_SLICE": 2}
 
 def refuse_decisions(r: Recorder, frame: FrameType | None) -> None:
     """frame: the code that goes to the loop's first token."""
-    body = _body(frame) if frame is not None else []
-    if frame is None or not body:
+    body = _body(frame) if frame is not None and not frame.f_code.co_flags & inspect.CO_GENERATOR else []
+    if frame is None or not body:  # whoever goes through a generator decides in code of its own
         raise NotProbed("tokens are put into lists, and not in a plain `for` loop")
     _refuse(body, frame.f_code)
-    r.called |= {str(i.argval) for i in body if i.opname.startswith(("LOAD_GLOBAL", "LOAD_METHOD", "LOAD_ATTR", "LOAD_NAME", "LOAD_DEREF"))}
     r.beyond |= any(i.opname == "COMPARE_OP" for i in body)
+
+
+def listen(r: Recorder, loop: FrameType | None) -> None:
+    """From now on, note the code that the user's code calls, but for torch's: in such loops, and behind them."""
+    before, frames = sys.getprofile(), []
+    while loop is not None:
+        frames.append(loop)
+        loop = loop.f_back
+    outer = set(map(id, frames))  # no other frame gets one of these, as `stop` keeps them
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event != "call" or (caller := frame.f_back) is None:
+            return
+        mine = id(caller) in outer or caller.f_code in r.called or caller.f_code in r.later
+        if mine and of_user_file(frame.f_code.co_filename):
+            (r.called if r.loops else r.later).add(frame.f_code)
+
+    def stop() -> None:
+        sys.setprofile(before)
+        frames.clear()
+        r.stop_listening = None
+
+    r.stop_listening = stop
+    sys.setprofile(note)
 
 
 def tokens_to_try(r: Recorder, reads: Reads) -> int:
     """0, or more tokens than any whole number that the code knows, where it may cut lists of tokens, or count tokens, by one."""
-    for code in reads.codes:
-        if code.co_name in r.called:
-            _refuse(_instructions(code), code)
-    if not r.beyond and not any(map(_cuts, reads.codes)):
+    for code in r.called:
+        _refuse(_instructions(code), code)
+    unknown = {code for code in r.called | r.later if code not in reads.codes and "<" not in code.co_name}
+    if any(map(_cuts, unknown)):
+        raise NotProbed("tokens are put into lists, and a method of an object cuts something at a place that nobody has noted")
+    elsewhere = len({code.co_filename for code in {*reads.codes, *r.called, *r.later}}) > 1
+    if not (r.beyond or elsewhere or any(map(_cuts, {*reads.codes, *r.called, *r.later}))):
         return 0
     most = max(_numbers(reads), default=0)
     if most >= LARGEST:

@@ -126,7 +126,8 @@ def element(r: Recorder, x: torch.Tensor, index: Any) -> torch.Tensor | None:
         raise NotProbed(f"{where(users_frame())}: an index of several kinds, one of them a token's number")
     r.tape.node(x)
     with r.off():
-        row = x[(*[0] * len(here), *rest)].clone()
+        first = (*[0] * len(here), *rest)
+        row = x[first].clone()
     keep(r, row, Cell(x, x._version, tuple(here), tuple(rest)))
     r.tape.gone[id(row)] = None
     return row

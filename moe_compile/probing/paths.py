@@ -45,7 +45,8 @@ class Cell:
         """With an index in place of the tokens' numbers. To be called while the recorder listens."""
         if self.source._version != self.version:
             raise NotProbed(f"{where(users_frame())}: what a loop over tokens has put into lists was written to behind it")
-        t: torch.Tensor = self.source[(*index, *self.rest)]
+        everywhere = (*index, *self.rest)
+        t: torch.Tensor = self.source[everywhere]
         for function, more in self.steps:
             t = function(t, *more)
         return t

@@ -138,6 +138,8 @@ def _run(recorder: Recorder, forward: Callable[..., Any], shadow: nn.Module, arg
         raise kind(_why(e)) from e
     finally:
         recorder.on = recorder.numbers.answering = False
+        if recorder.stop_listening is not None:
+            recorder.stop_listening()
         tried.looped, tried.unrolled, tried.listed = recorder.looped, recorder.unrolled, recorder.listing
 
 

@@ -6,6 +6,7 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 from unittest import mock
 
@@ -81,7 +82,9 @@ class Recorder(TorchFunctionMode):
         self.loops: list[tokens.Loop] = []  # over tokens, that are open
         self.waiting: tokens.Loop | None = None  # that has not begun
         self.members: dict[sympy.Symbol, tokens.Loop | Cell] = {}  # numbers of tokens that are put into lists
-        self.called: set[str] = set()  # names in loops that fill lists
+        self.called: set[CodeType] = set()  # the user's code that loops have called which fill lists
+        self.later: set[CodeType] = set()  # and that was called behind them
+        self.stop_listening: Callable[[], None] | None = None
         self.beyond = False  # is something compared in them
         self.cells: dict[int, tuple[torch.Tensor, Cell]] = {}  # id of one token's part of a tensor -> it
         self.looped = self.unrolled = False  # were there any; was an expert chosen by data without one

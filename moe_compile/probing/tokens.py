@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from moe_compile.probing import lists
-from moe_compile.probing.bodies import refuse_decisions
+from moe_compile.probing.bodies import listen, refuse_decisions
 from moe_compile.probing.errors import NotProbed, users_frame, where
 from moe_compile.probing.numbers import length_of, of_data
 from moe_compile.probing.paths import Cell, Path, keep
@@ -67,7 +67,9 @@ class Loop:
             self.path = self.outer[0].path
         elif self.path is None:
             self.path, self.r.listing = Path(), True
-            refuse_decisions(self.r, users_frame())
+            refuse_decisions(self.r, frame := users_frame())
+            if self.r.stop_listening is None:
+                listen(self.r, frame)
         self.r.members[self.number.node.expr] = self
 
     def close(self) -> None:
