@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 from torch._dynamo.exc import RestartAnalysis
@@ -117,10 +118,10 @@ class Backend:
                     region.reason = self._whole[region.where]
             return
         reasons = "; ".join(dict.fromkeys(region.reason for region in report.regions if region.reason))
-        why = f"no MoE block was rewritten ({reasons or 'none was found'})"
+        why = f"no MoE block was rewritten ({reasons or '; '.join(report.notes) or 'none was found'})"
         if not self.patient:
             self._whole.update({region.where: region.reason for region in report.regions if region.where and region.reason})
-            raise NothingRewritten(why)
+            raise NothingRewritten(why, () if any(region.formula for region in report.regions) else _codes_of_whole_frame())
         report.notes.append(f"moe_compile.compile captures this frame again without Dynamo's capture flags: {why}")
 
     def reset(self) -> None:
@@ -130,6 +131,18 @@ class Backend:
     def get_compiler_config(self) -> Any:
         """The inner compiler's configuration; torch.compile's wrappers expose it under this name."""
         return inner.compiler_config(self.options)
+
+
+def _codes_of_whole_frame() -> tuple[CodeType, ...]:
+    """The code that Dynamo has captured, if the graph that it hands over is all of the frame that it converts."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        graph = InstructionTranslator.current_tx().output
+        reason, codes = graph.compile_subgraph_reason, graph.traced_code
+    except (AttributeError, LookupError):
+        return ()
+    return () if reason is None or reason.graph_break else tuple(codes)
 
 
 def _checked_over_ranks(options: Options) -> Options:

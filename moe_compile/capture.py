@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 from torch.fx import GraphModule
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 from moe_compile.errors import ParallelError
 from moe_compile.logs import warn_once
 from moe_compile.no_tokens import sizes_open
+from moe_compile.refused import Refused
 from moe_compile.report import RewriteReport
 
 FLAGS = ("capture_dynamic_output_shape_ops", "capture_scalar_outputs")
@@ -28,7 +30,14 @@ _active = threading.local()
 
 
 class NothingRewritten(Exception):
-    """The backend found no MoE block to rewrite in a graph that only the capture flags made possible."""
+    """The backend found no MoE block to rewrite in a graph that only the capture flags made possible.
+
+    codes: the code that was captured, where the graph is a frame from its first line to its last and no formula was found in it.
+    """
+
+    def __init__(self, why: str, codes: Iterable[CodeType] = ()) -> None:
+        super().__init__(why)
+        self.codes = frozenset(codes)
 
 
 def flags_active() -> bool:
@@ -47,6 +56,7 @@ class WithCaptureFlags:
         self._callback = callback
         self._over_ranks = over_ranks
         self._report = report
+        self._refused = Refused()
         # Dynamo's cache lookup follows this chain to the backend from C, with frame evaluation on: it must be a real
         # attribute, since a Python-level __getattr__ would be handed back to Dynamo as a frame, without end.
         self._torchdynamo_orig_backend = callback._torchdynamo_orig_backend  # type: ignore[attr-defined]
@@ -56,12 +66,17 @@ class WithCaptureFlags:
             return self._converted(frame, *args, **kwargs)
 
     def _converted(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._refused.holds(frame):
+            return self._callback(frame, *args, **kwargs)
         undo = self._report.checkpoint() if self._report is not None else None
         try:
             with _flags_on():
                 return self._callback(frame, *args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever it is, it may be the flags' doing: the second try decides
             note, first = _why_without(frame, error), error
+            for cause in _causes(error):
+                if isinstance(cause, NothingRewritten):
+                    self._refused.add(frame, cause.codes)
             warn_once(note, details=error)
         if self._report is not None and undo is not None:
             undo()
@@ -101,13 +116,23 @@ def data_dependent(gm: GraphModule) -> bool:
 
 def _why_without(frame: Any, error: Exception) -> str:
     code = frame.f_code
-    where = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    name, file, line = own_code(frame) if code.co_filename.startswith("<") else (code.co_name, code.co_filename, code.co_firstlineno)
+    where = f"{name} ({file}:{line})"
     causes = list(_causes(error))
     ours = next((cause for cause in causes if isinstance(cause, NothingRewritten)), None)
     last = causes[-1]
     text = (str(last).splitlines() or [""])[0]
     why = str(ours or f"capturing it with {' and '.join(FLAGS)} raised {type(last).__name__}: {text}")
     return f"{where} is compiled without Dynamo's capture flags: {why}"
+
+
+def own_code(frame: Any) -> tuple[str, str, int]:
+    """Name, file and line of what the user wrote, where the frame runs a forward that probing has made."""
+    from moe_compile.probing.install import own_forward
+
+    cls = type(frame.f_locals.get("self"))
+    code = getattr(own_forward(cls), "__code__", frame.f_code) if hasattr(cls, "forward") else frame.f_code
+    return f"{cls.__name__}.{code.co_name}", code.co_filename, code.co_firstlineno
 
 
 def _over_ranks(error: Exception) -> bool:

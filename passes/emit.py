@@ -19,8 +19,9 @@ from .emit_quantized import dequantised
 from .holders import find_node, holder
 from .lift import Refused
 from .lift.algebra import subst
-from .lift.expr import Expr, Var, is_const, show
+from .lift.expr import Expr, Var, is_const
 from .lift.index import mix
+from .lift.places import computed
 from .lift.program import Digit, Param
 from .lift.sizes import Size, prod, shape_of, size_of
 from .region import MoERegion
@@ -34,6 +35,10 @@ POINTWISE: dict[str, Callable[..., Any]] = {
     "idiv": torch.floor_divide, "mod": torch.remainder, "log1p": torch.log1p, "expm1": torch.expm1, "reciprocal": torch.reciprocal,
     "floor": torch.floor, "exp2": torch.exp2, "sin": torch.sin, "cos": torch.cos,
 }  # fmt: skip
+
+
+def _unwritten(e: Expr) -> Refused:
+    return Refused(f"{computed(e)} stands outside of the experts ({e.op}), in a form that cannot be written into the graph again")
 
 
 class Emitter:
@@ -86,6 +91,8 @@ class Emitter:
             return self._load(e, columns)
         if e.op == "cast":
             return self.method("to", self.matrix(a[0], columns), a[1])
+        if e.op == "size":
+            return self._size(e.args[0])
         if e.op == "stop":
             return self.method("detach", self.matrix(a[0], columns))
         if e.op == "clamp":
@@ -98,13 +105,26 @@ class Emitter:
         if e.op == "sel" and columns == (a[0],):
             return self.call(torch.cat, [self._column(x) for x in a[1:]], 1)
         if e.op == "sel":
-            raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {show(e)[:80]}")
+            raise Refused(f"an index or factor that differs from expert to expert stands outside of the experts: {computed(e)}")
         return self.pointwise(e, [self.matrix(x, columns) if isinstance(x, Expr) else x for x in a])
+
+    def _size(self, size: Any) -> Any:
+        """A number that the code calculates from sizes (a capacity, say): from sizes of what the window reads anyway."""
+        from moe_compile.probing.errors import NotProbed
+        from moe_compile.probing.formulas import written
+
+        try:
+            return size_argument(self, size, size)
+        except Refused as e:
+            try:
+                return written(size, lambda s: size_argument(self, s, s), lambda f, args: self.call(f, *args))
+            except NotProbed:
+                raise e from None
 
     def _column(self, e: Expr) -> Node:
         """e over the rows, as one column of full height."""
         if not set(self.rows) <= e.free:
-            raise Refused(f"no graph code for {show(e)[:80]} beside other choices")
+            raise Refused(f"{computed(e)} differs from choice to choice, and stands outside of the experts in a form that has no code")
         return self.matrix(e, ())
 
     def pointwise(self, e: Expr, args: Sequence[Any]) -> Node:
@@ -112,12 +132,12 @@ class Emitter:
         if e.op in ("add", "mul"):
             return self._fold(operator.add if e.op == "add" else operator.mul, list(args))
         if e.op not in POINTWISE:
-            raise Refused(f"no graph code for {show(e)[:80]}")
+            raise _unwritten(e)
         return self.call(POINTWISE[e.op], *args)
 
     def _only_rows(self, e: Expr) -> None:
         if not e.free <= set(self.rows):
-            raise Refused(f"no graph code for {show(e)[:80]}")
+            raise _unwritten(e)
 
     def _fold(self, f: Callable[..., Any], parts: list[Any]) -> Node:
         nodes = [p for p in parts if isinstance(p, Node)] + [p for p in parts if not isinstance(p, Node)]
@@ -172,7 +192,7 @@ class Emitter:
         want = [*self.rows, *columns]
         sizes = [v.size if isinstance(v, Var) and isinstance(v.size, int) else -1 for v in places]
         if len(places) != len(want) or set(places) != set(want) or not set(columns) <= at.free or sizes.count(-1) > 1:
-            raise Refused("no graph code for a gather by the routing over other rows")
+            raise Refused("outside of the experts, a tensor is gathered by the routing whose rows are not the tokens")
         node = self.method("permute", self.method("reshape", node, *sizes, n), *map(places.index, want), len(want))
         node = self.method("reshape", node, -1, prod(v.size for v in columns), n)
         return self.method("squeeze", self.call(torch.gather, node, 2, self.method("unsqueeze", self.matrix(at, columns), 2)), 2)
@@ -181,24 +201,32 @@ class Emitter:
         """A tensor indexed by plain variables: permute its dimensions to (rows, columns) and flatten."""
         mine = _flat(idx, sizes)
         if not all(isinstance(v, Var) for v in mine) or len(set(mine)) < len(mine):
-            raise Refused(f"no graph code for {show(e)[:80]}")
+            raise _unwritten(e)
         on_rows, rest = [v for v in self.rows if v in mine], [v for v in columns if v in mine]
-        if len(on_rows) not in (0, len(self.rows)) or len(rest) not in (0, len(columns)) or len(on_rows) + len(rest) < len(mine):
-            raise Refused(f"no graph code for {show(e)[:80]}")
+        if len(rest) not in (0, len(columns)) or len(on_rows) + len(rest) < len(mine):
+            raise _unwritten(e)
         want = on_rows + rest
         if mine != want:
             groups = [_flat([i], [n]) for i, n in zip(idx, sizes)]
             if any(not set(g) <= set(want) for g in groups):
-                raise Refused(f"no graph code for {show(e)[:80]}")
+                raise _unwritten(e)
             order = sorted(range(len(idx)), key=lambda i: want.index(groups[i][0]))  # type: ignore[arg-type]
             if [v for i in order for v in groups[i]] != want:
-                raise Refused(f"no graph code for {show(e)[:80]}")
+                raise _unwritten(e)
             node = self.method("permute", node, *order)
             sizes = [sizes[i] for i in order]
         width = prod(v.size for v in rest)
+        if 0 < len(on_rows) < len(self.rows):
+            return self._repeated(node, on_rows, width)
         if len(sizes) == 2 and len(on_rows) and sizes[1] == width:
             return node
         return self.method("reshape", node, -1 if on_rows else 1, width)
+
+    def _repeated(self, node: Node, some: list[Var], width: Size) -> Node:
+        """A tensor [some of the rows' variables, width], the same for all of the others (a choice for each sequence, say)."""
+        extents = [size_argument(self, v.size, v.size) for v in self.rows]
+        node = self.method("reshape", node, *[n if v in some else 1 for v, n in zip(self.rows, extents)], width)
+        return self.method("reshape", self.method("expand", node, *extents, width), -1, width)
 
     # ------------------------------------------------------------ parameters
     def parameter(

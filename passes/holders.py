@@ -9,6 +9,7 @@ from torch.fx import Node
 from .decisions import tensor_of
 from .lift import Refused
 from .lift.expr import Expr, Var, alpha
+from .lift.places import told
 from .lift.sizes import Size, prod, shape_of
 from .lift.value import Value, common
 from .region import MoERegion
@@ -19,7 +20,7 @@ def holder(region: MoERegion, aten: Node) -> Node:
     table = _holders(region)
     if aten in table:
         return table[aten]
-    raise Refused(f"no node of the user's graph holds {aten.name}")
+    raise Refused(f"what is computed within a call of {told(aten)} is needed outside of it")
 
 
 def _holders(region: MoERegion) -> dict[Node, Node]:

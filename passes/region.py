@@ -13,6 +13,7 @@ from .decisions import Decision, callee, returns_itself, tensor_of, writes_to
 from .lift import Formula, Interp, Refused, fresh_table, opname, read
 from .lift.expr import Expr, Leaf, loads
 from .lift.normal import PARTIAL, First, Partial
+from .lift.places import tensor, told
 from .lift.quantized import NUMBERS
 from .lift.read import NO_WEIGHT, NOTHING_SUMMED
 from .liveness import Liveness, same_storage
@@ -162,9 +163,9 @@ class _Search:
             formula = read(self.interp.value(value), val.dtype, self.first)
         except Refused as e:
             if str(e) not in (NOTHING_SUMMED, NO_WEIGHT):
-                self.why, self.seen = f"{n.name}: {e}", e.first if isinstance(e, Partial) else None
+                self.why, self.seen = f"{told(n)}: {e}", e.first if isinstance(e, Partial) else None
             elif str(e) == NO_WEIGHT and PARTIAL in self.why:  # the whole sum is there by now, and fails for another reason
-                self.why = f"{n.name}: the experts are not made of linear layers, as far as can be seen"
+                self.why = f"{told(n)}: the experts are not made of linear layers, as far as can be seen"
             return
         if self.best is None or formula.score() > self.best.formula.score():
             self.best = self._region(trace, n, target, value, formula)
@@ -183,7 +184,7 @@ class _Search:
 
     def reasons(self) -> list[str]:
         it = self.interp
-        return [] if it is None else [f"{a.name} ({opname(a)}): {r}" for a, r in it.reasons.items() if a in self.after]
+        return [] if it is None else [f"{told(a)} ({opname(a)}): {r}" for a, r in it.reasons.items() if a in self.after]
 
 
 def find_region(
@@ -224,7 +225,7 @@ def _no_hidden_alias(region: MoERegion) -> None:
         if n in region.now and region.now[n] is not region.trace.at_def[n]:
             twins = [m for m in region.inputs if m is not n and tensor_of(m) is not None and same_storage(m, n)]
             if twins:
-                raise Refused(f"{n.name} is changed in place and {twins[0].name} is a view of the same memory")
+                raise Refused(f"{tensor(n)} is changed in place and {tensor(twins[0])} is a view of the same memory")
 
 
 def _flows(nodes: list[Node], ambient: Ambient, training: bool) -> bool:

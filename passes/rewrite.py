@@ -17,6 +17,7 @@ from .decisions import callee, tensor_of
 from .emit import Emitter, size_argument
 from .lift import Refused
 from .lift.algebra import add
+from .lift.places import tensor
 from .lift.sizes import prod, shape_of, size_of
 from .liveness import Remap
 from .quantize import sunk
@@ -57,7 +58,7 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap
             _check_sources(region, emitter.read, set(removed), at)
             if region.target is not None:
                 graph.call_method("copy_", (at(region.target), value))
-    except Refused:
+    except (Refused, LookupError):
         _erase(graph, [n for n in reversed(graph.nodes) if n not in before])
         raise
     added = [n for n in graph.nodes if n not in before]
@@ -85,7 +86,7 @@ def _erase(graph: Graph, nodes: list[Node]) -> None:
 def _check_sources(region: MoERegion, read: set[Node], removed: set[Node], at: Remap) -> None:
     for n in read:
         if region.liveness.changed_before_root(n, removed, at):
-            raise Refused(f"{n.name} is changed in place between the routing and the end of the experts")
+            raise Refused(f"{tensor(n)} is changed in place between the routing and the end of the experts")
 
 
 def _forget_accumulator(graph: Graph, target: Node, value: Node, added: list[Node]) -> list[Node]:

@@ -20,6 +20,7 @@ from moe_compile.report import GraphReport, RegionReport
 from . import blocks
 from .decisions import Decision, among_pairs, callee, chosen_by_caller, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .lift import Refused, fresh_table
+from .lift.places import tensor, where
 from .liveness import Remap
 from .quantize import drop_unread, left_dequantised, rows_as_they_are
 from .quantize_blocks import Block, quantize_blocks
@@ -178,6 +179,7 @@ class _Part:
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []
         self.taken: set[Node] = set()  # ids of decisions that a rewritten block takes beside its own
+        self.paired = False  # was a block rewritten from two choices that share its buffers: then the next may be one, too
         self.notes: list[str] = []
         self.spliced: list[Block] = []
 
@@ -195,7 +197,7 @@ class _Part:
             if entry.rewritten or not (fed is not None or self._other(d, entry)):
                 entries.append(entry)
         if not self.decisions and (given := chosen_by_caller(self.gm.graph)) is not None:
-            self.notes.append(f"the caller chooses, by {given.name} (0, 1, ...)")
+            self.notes.append(f"the caller chooses, by {tensor(given)} (0, 1, ...)")
         if self.spliced:
             self._route()
             drop_unread(self.gm.graph)
@@ -211,10 +213,14 @@ class _Part:
     def _both(self, before: Decision | None, d: Decision, later: list[Decision]) -> RegionReport:
         """What follows d; or what follows the choice before it, where two choices one after the other share the experts' buffers."""
         until = window_end(d, later)
+        pair = before is not None and before.ids in self.table and d.ids in self.table
+        if pair and self.paired and (both := self._one(before, until)).rewritten:  # type: ignore[arg-type]
+            return both
         entry = self._one(d, until)
-        if entry.rewritten or before is None or before.ids not in self.table or d.ids not in self.table:
+        if entry.rewritten or not pair or self.paired:
             return entry
-        both = self._one(before, until)
+        both = self._one(before, until)  # type: ignore[arg-type]
+        self.paired = both.rewritten
         return both if both.rewritten or both.formula or NO_EXPERTS in (entry.reason or "") else entry
 
     def _facts(self, d: Decision) -> dict[Node, Decision]:
@@ -231,7 +237,7 @@ class _Part:
         return other
 
     def _one(self, d: Decision, until: Node | None) -> RegionReport:
-        entry = RegionReport(rewritten=False, where=_where(d.ids), module=_module(d.ids))
+        entry = RegionReport(rewritten=False, where=where(d.ids), module=_module(d.ids))
         try:
             with self.clock("lift"):
                 again = first_match([k.recorded for k in self.known], d, self.ambient[d.ids], self._facts(d))
@@ -329,16 +335,6 @@ def _describe(entry: RegionReport, region: MoERegion) -> None:
     rest = " + what stood in the accumulator" if f.rest else ""
     entry.formula = f"out[t] = sum_k {weight}f(x[t]; ids[t,k]){rest},  f(x) = {f.program}"
     entry.num_experts, entry.top_k = f.num_experts, f.top_k
-
-
-def _where(n: Node) -> str:
-    """ "file:line" of the user's code that made the node."""
-    trace = n.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return ""
-    file, line = lines[-1].split(",")[:2]
-    return f"{file.removeprefix('File ').strip().strip(chr(34))}:{line.replace('line', '').strip()}"
 
 
 def _module(n: Node) -> str | None:

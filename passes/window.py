@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch._subclasses.functional_tensor import FunctionalTensor, dispatch_functionalize
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_slot, make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, SymT, symbol_is_type
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .decisions import callee
+from .lift.places import USERS
 from .lift.sizes import size_of
 from .pulled import dequantisation
 
@@ -47,7 +48,17 @@ def symbolic(n: Node) -> Any:
 def is_size(n: Node) -> bool:
     """A size known from the inputs' shapes (a number, or arithmetic on Dynamo's size symbols)."""
     v = symbolic(n)
-    return isinstance(v, torch.SymInt | int) and not isinstance(v, bool) and size_of(v) is not None
+    return (isinstance(v, torch.SymInt | int) and not isinstance(v, bool) and size_of(v) is not None) or _is_fraction(n)
+
+
+def _is_fraction(n: Node) -> bool:
+    """A number on the way from sizes to a size, as in ceil(1.25 * tokens): no tensor is computed from it."""
+    v = symbolic(n)
+    if not isinstance(v, torch.SymFloat) or not (symbols := v.node.expr.free_symbols):
+        return False
+    if not all(symbol_is_type(s, SymT.SIZE) for s in symbols):
+        return False
+    return all(isinstance(symbolic(u), torch.SymInt | torch.SymFloat | torch.SymBool) for u in n.users)
 
 
 def collect(first: Node, until: Node | None) -> tuple[list[Node], list[Node]]:
@@ -150,7 +161,7 @@ class Trace:
         mode = fake_mode_of(self.inputs + self.nodes)
         env = mode.shape_env
         values = [_fixed_float(symbolic(n)) for n in self.inputs]
-        self.floats = {n: v for n in self.nodes if isinstance(v := _fixed_float(symbolic(n)), float)}
+        self.floats = {n: v for n in self.nodes if not _is_fraction(n) and isinstance(v := _fixed_float(symbolic(n)), float)}
         with mode, quiet(env), uncached(mode, self.nodes):
             leaves = [_leaf(v, mode) for v in values]
             flat, spec = tree_flatten(leaves)
@@ -241,6 +252,7 @@ class Trace:
         for a in made:
             if n is not None:
                 self.owner[a] = n
+                a.meta[USERS] = n
             if not self.grad:
                 a.meta["no_grad"] = True
         if n is not None:

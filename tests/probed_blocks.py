@@ -525,6 +525,14 @@ class Tuple(Asks):
         return out, {"ids": ids, "weights": w}
 
 
+class DropoutInside(HitLoop):
+    """As experts have it in training: which number is drawn for which row depends on the order of rows."""
+
+    def add(self, out_TH, x_TH, w_TK, ids_TK, e, expert=None):
+        t, k = torch.where(ids_TK == e)
+        out_TH.index_add_(0, t, F.dropout(self.experts[e](x_TH[t]), 0.3) * w_TK[t, k, None])
+
+
 FACTOR = 1.0
 
 REWRITTEN = {
@@ -567,6 +575,7 @@ _BLOCKS = {
     "last_always_hit": (LastAlwaysHit, "for some routing"),
     "between_limits": (BetweenLimits, "for some routing"),
     "large_limit": (LargeLimit, "Python decides by a number that only the data tells"),
+    "dropout_inside": (DropoutInside, "dropout within the experts, in training"),
     "dice": (Dice, "leaves something behind in Python's random numbers"),
     "dice_of_torch": (DiceOfTorch, "Python decides by a number that only the data tells"),
     "asks_for_gradients": (AsksForGradients, "Python asks for requires_grad"),

@@ -30,6 +30,13 @@ def test_block_is_rewritten_whole_and_keeps_values_and_gradients(name):
     assert all(r.top_k == (1 if name == "OneChoice" else K) for r in report.rewritten), str(report)
 
 
+def test_module_of_one_token_says_in_the_report_what_is_recorded():
+    module, report = build(REWRITTEN["ModuleOfOneToken"]), moe_compile.RewriteReport()
+    moe_compile.compile(module, inner="eager", report=report)(tokens(5, 0))
+    assert [n for n in report.notes if "stays as it is" in n] == []
+    assert any(n.startswith("ModuleOfOneToken is captured from a recording") for n in report.notes)
+
+
 def test_a_layout_that_no_op_gives_is_left_with_its_reason():
     torch._dynamo.reset()
     module, report = build(SequenceFirst), moe_compile.RewriteReport()

@@ -165,9 +165,49 @@ class StackedResults(Block):
         return out
 
 
+class _ByIds(nn.Module):
+    """Experts of one token, which go through its ids themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.ups, self.downs = (nn.ModuleList(nn.Linear(H, H) for _ in range(E)) for _ in range(2))
+
+    def forward(self, row, ids, w):
+        out = torch.zeros_like(row)
+        for k in range(K):
+            e = ids[k].item()
+            out = out + w[k] * self.downs[e](F.relu(self.ups[e](row)))
+        return out
+
+
+class ModuleOfOneToken(Block):
+    """Which numbers the ids are below, only the block around them knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = _ByIds()
+
+    def forward(self, x):
+        w, ids = self.route(x)
+        return torch.stack([self.experts(x[t], ids[t], w[t]) for t in range(x.shape[0])])
+
+
 REWRITTEN: dict[str, type[Block]] = {
     c.__name__: c
-    for c in (ItemOfEach, Appended, Zipped, Nested, ColumnOfBatch, OneRowSlices, Enumerated, SomeTokens, OneChoice, Stacked, StackedResults)
+    for c in (
+        ItemOfEach,
+        Appended,
+        Zipped,
+        Nested,
+        ColumnOfBatch,
+        OneRowSlices,
+        Enumerated,
+        SomeTokens,
+        OneChoice,
+        Stacked,
+        StackedResults,
+        ModuleOfOneToken,
+    )
 }
 
 

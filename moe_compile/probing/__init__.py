@@ -10,8 +10,10 @@ record.py      the module's forward on fake tensors, each torch call written dow
   tape.py        the graph being written: nodes of tensors, symbols as nodes by formulas.py
   constants.py   what follows from constants; ranges.py  ids below which number
   contents.py    what Python asks of contents; hit.py  loops over the experts that are hit; counting.py  bincount, histc
+  drawn.py       dropout within the experts
   indices.py     indices in forms that are easier to follow
   tokens.py      loops over tokens: their body runs once; batched.py  as calls on all tokens; chosen.py  experts[i] in it
+  lists.py       such loops that put tokens into lists; paths.py  their body once for each answer; bodies.py  what must not be in it
 emptiness.py   the questions of tensors that have an answer: "is it empty?"
 reads.py       what else the code has seen: attributes, functions, constants of its file
 state.py       what it must not leave behind; outside.py  in globals, outer variables and classes

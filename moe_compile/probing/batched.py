@@ -46,9 +46,9 @@ class _Body:
     def __init__(self, r: Recorder, loop: Loop) -> None:
         self.r, self.loop = r, loop
         self.place = where(users_frame())
-        written_down = _after(loop.start)
+        written_down = after(loop.start)
         self.rows = [n for _, _, n in loop.rows.values()]
-        self.nodes = _dependent(written_down, self.rows)
+        self.nodes = dependent(written_down, self.rows)
         self.mine = set(self.nodes)
         self.values = {n: r.tape.value[n] for n in self.nodes if isinstance(r.tape.value.get(n), torch.Tensor)}
         self.results = list(self.values)
@@ -155,7 +155,7 @@ class _Body:
         self.r.tape.forget(self.nodes)
 
 
-def _after(start: Node | None) -> list[Node]:
+def after(start: Node | None) -> list[Node]:
     nodes, n = [], start.next if start is not None else None
     while n is not None and n.op != "root":
         nodes.append(n)
@@ -163,7 +163,7 @@ def _after(start: Node | None) -> list[Node]:
     return nodes
 
 
-def _dependent(written_down: list[Node], rows: list[Node]) -> list[Node]:
+def dependent(written_down: list[Node], rows: list[Node]) -> list[Node]:
     """Rows, what is computed of them, and what that is written into."""
     mine = set(rows)
     known = set(written_down)

@@ -36,6 +36,7 @@ def check(module: nn.Module, forward: Any, program: Program, recording: Recordin
     calls: list[tuple[int, str | None]] = [(n, None) for n in TOKENS]
     calls += [(n, kind) for kind in STEERINGS for n in (2, 19)]
     calls += [(64, "first")]
+    calls += [(recording.beyond, "first")] if recording.beyond else []
     with _untouched(module):
         for seed, (tokens, steering) in enumerate(calls):
             a, k = _arguments(recording, args, kwargs, tokens, seed, steering)

@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from moe_compile.probing import lists
 from moe_compile.probing.constants import as_list
 from moe_compile.probing.emptiness import counts, name_of, tested_count
-from moe_compile.probing.errors import NotProbed, users_frame, where
+from moe_compile.probing.errors import Asked, NotProbed, code_of, users_frame, where
 from moe_compile.probing.hit import hit, rows
-from moe_compile.probing.tokens import is_size, over_rows, place, read
+from moe_compile.probing.tokens import is_size, of_token, over_rows, place, read
 
 if TYPE_CHECKING:
     from moe_compile.probing.recorder import Recorder
@@ -63,6 +64,16 @@ class Table(Rows):
     __len__ = __contains__ = __bool__ = Rows._no  # type: ignore[assignment]
 
 
+class Slots(Table):
+    """`ids[t].tolist()`, where tokens are put into lists: good for a loop over the token's slots, too."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return _listed(self.recorder, self.tensor[index]) if type(index) is int else super().__getitem__(index)
+
+    def __len__(self) -> int:
+        return int(self.tensor.shape[0])
+
+
 def _listed(r: Recorder, row: torch.Tensor) -> Any:
     return tolist(r, None, (row,), {}) if row.dim() else number(r, row)
 
@@ -72,13 +83,18 @@ def truth(r: Recorder, func: Any, args: tuple, kwargs: Any) -> bool:
     t = args[0]
     if t in r.constants:
         return bool(number(r, t))
+    if (chosen := lists.asked_truth(r, t)) is not None:
+        return chosen
     place = where(users_frame())
     n = r.tape.node(t)
+    if r.loops and of_token(r, n):
+        raise Asked(f"{place}: a loop over tokens decides by the contents of one token's row{code_of(users_frame())}")
     found = tested_count(n, r.tape.value.get)
     if found is None and (numbers := _compared_sums(r, n)) is not None:
         return numbers if isinstance(numbers, bool) else r.numbers.not_empty(numbers.node.expr)
     if found is None:
-        raise NotProbed(f"{place}: Python decides by a tensor's contents, and not by whether a count of ids is zero")
+        code = code_of(users_frame())
+        raise NotProbed(f"{place}: Python decides by a tensor's contents, and not by whether a count of ids is zero{code}")
     r.assumptions[f"{place}: where no rows are left, what is skipped adds nothing"] = None
     return found[1]
 
@@ -103,6 +119,8 @@ def tolist(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Any:
         return as_list(r.constants[t])
     if t.dim() and is_size(r, t.shape[0]) and r.on:
         return Table(r, t)
+    if t.dim() and id(t) in r.cells and lists.open_path(r) is not None:
+        return Slots(r, t)
     if t.dim() == 1 and isinstance(t.shape[0], torch.SymInt):
         return Rows(r, t)
     if any(not isinstance(s, int) for s in t.shape):
@@ -125,6 +143,8 @@ def number(r: Recorder, t: torch.Tensor) -> Any:
     if t in r.constants:
         with unset_fake_temporarily():
             return r.constants[t].item()
+    if (chosen := lists.asked(r, t)) is not None:
+        return chosen
     n = r.tape.node(t)
     if (parts := _sum_of(r, n)) is not None:
         return sum(parts)
@@ -132,6 +152,8 @@ def number(r: Recorder, t: torch.Tensor) -> Any:
     s = out.node.expr if isinstance(out, torch.SymInt | torch.SymFloat) else None
     if isinstance(s, sympy.Symbol) and r.tape.item(s, n) and counts(n, r.tape.value.get):
         r.numbers.countable.add(s)
+    if isinstance(s, sympy.Symbol):
+        lists.note_number(r, s, t)
     return out
 
 

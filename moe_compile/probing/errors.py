@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from types import FrameType
 from unittest import mock
@@ -15,6 +16,10 @@ _OURS = __file__.rpartition("/")[0]
 
 class NotProbed(Exception):
     """The module's forward is no straight-line program, as far as can be seen; the text says where and why."""
+
+
+class Asked(NotProbed):
+    """Python decides by what only the data tells."""
 
 
 def users_frame(first: int = 1) -> FrameType | None:
@@ -37,6 +42,16 @@ def of_user_file(name: str) -> bool:
 def where(frame: FrameType | None) -> str:
     """ "file:line" of a frame."""
     return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def code_at(file: str, line: int) -> str:
+    """ " (`if n > limit:`)", the line of code, where it is there to be read."""
+    text = linecache.getline(file, line).strip()
+    return f" (`{text if len(text) <= 60 else text[:57] + '...'}`)" if text else ""
+
+
+def code_of(frame: FrameType | None) -> str:
+    return "" if frame is None else code_at(frame.f_code.co_filename, frame.f_lineno)
 
 
 def asked_by_user() -> bool:

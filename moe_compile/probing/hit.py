@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from moe_compile.probing import lists
 from moe_compile.probing.emptiness import counts, name_of, tested_count
 from moe_compile.probing.errors import NotProbed, users_frame, where
 from moe_compile.probing.tokens import is_size, over_rows
@@ -23,6 +24,8 @@ _SAME_LIST = {"__getitem__", "getitem", "squeeze", "view", "reshape", "flatten",
 # ---------------------------------------------------------------- loops
 def iterate(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Iterator[torch.Tensor]:
     t = args[0]
+    if id(t) in r.cells and lists.open_path(r) is not None:
+        return over_rows(r, t)
     if t in r.constants or not (isinstance(t.shape[0], torch.SymInt) or _ordered(r, r.tape.node(t))):
         return iter(rows(r, t))
     if is_size(r, t.shape[0]):
@@ -39,7 +42,7 @@ def unbind(r: Recorder, func: Any, args: tuple, kwargs: Any) -> Any:
     """What a loop over a tensor's rows goes through."""
     if (len(args) > 1 and args[1] != 0) or kwargs.get("dim", 0) != 0:
         return r.call(func, "unbind", args, kwargs)
-    if is_size(r, args[0].shape[0]):
+    if is_size(r, args[0].shape[0]) or (id(args[0]) in r.cells and lists.open_path(r) is not None):
         return over_rows(r, args[0])
     return tuple(iterate(r, func, args, kwargs))
 

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from moe_compile.probing import lists
 from moe_compile.probing.contents import Rows, number
 from moe_compile.probing.emptiness import name_of
 from moe_compile.probing.errors import NotProbed, users_frame, where
@@ -34,6 +35,8 @@ def plain_index(r: Recorder, index: Any) -> Any:
             if known.dim() == 1 and known.numel() == 1:
                 return [int(known)]
     if isinstance(index, list) and index and all(isinstance(i, torch.SymInt) for i in index):
+        if r.members:
+            return lists.values(r, index)
         raise NotProbed(f"{where(users_frame())}: a list of numbers of the data is an index")
     return index
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymT, symbol_is_type
 
-from moe_compile.probing.errors import NotProbed, asked_by_user, users_frame, where
+from moe_compile.probing.errors import Asked, asked_by_user, code_of, users_frame, where
 
 LARGEST_LIMIT = 32  # of a number of rows; the check has calls with up to 64
 
@@ -53,7 +53,8 @@ class Numbers(ShapeEnv):
         if answer is None:
             answer, told = many(question), "with fewer rows than the limit, the code for more of them does the same"
         if answer is None or not {s for s in question.free_symbols if _of_data(s)} <= self.countable | self._rows(question):
-            raise NotProbed(f"{place}: Python decides by a number that only the data tells ({question}), and not by whether it is zero")
+            code = code_of(users_frame())
+            raise Asked(f"{place}: Python decides by a number that only the data tells, and not by whether it is zero{code}")
         self.assumptions[f"{place}: {told}"] = None
         return answer
 
@@ -163,7 +164,7 @@ def _whole(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() == 0 and x.dtype is torch.int64
 
 
-def _len(x: Any) -> Any:
+def length_of(x: Any) -> Any:
     """Tensors tell their length as a symbol."""
     return x.shape[0] if isinstance(x, torch.Tensor) and x.dim() and isinstance(x.shape[0], torch.SymInt) else len(x)
 
@@ -173,7 +174,7 @@ _SHIMS: dict[str, Any] = {
     "float": _type(float),
     "max": _extreme(max, torch.sym_max),
     "min": _extreme(min, torch.sym_min),
-    "len": _len,
+    "len": length_of,
     "set": _SetType("set", (), {}),
 }
 

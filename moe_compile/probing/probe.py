@@ -59,9 +59,20 @@ def probe_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], report: R
     tried = {id(m) for c in repeated(long) if probe(c, report, whole=True) for m in c.module.modules()}
     for c in calls:
         if not tried & {id(m) for m in c.module.modules()}:  # what a module decides is recorded once, where it decides
-            probe(c, report)
-            tried.add(id(c.module))
+            tried |= {id(m.module) for m in _innermost(c, report)}
     log.debug("probing %s took %.1f s", type(model).__name__, time.perf_counter() - started)
+
+
+def _innermost(c: Call, report: RewriteReport | None) -> list[Call]:
+    """Calls that were tried: the given one, and where that fails those around it that make it again and again, for each token say."""
+    first = told = RewriteReport()
+    done = [c]
+    while not probe(done[-1], told) and told.notes and (outer := done[-1].outer) is not None:
+        done.append(Call(outer.module, outer.args, outer.kwargs, True, outer.steps, None, outer.outer))
+        told = RewriteReport()
+    for text in (told if any("is captured from" in text for text in told.notes) else first).notes:
+        _note(report, text)
+    return done
 
 
 def repeated(calls: list[Call]) -> list[Call]:

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from moe_compile.probing.errors import NotProbed
+from moe_compile.probing.bodies import tokens_to_try
+from moe_compile.probing.errors import Asked, NotProbed, code_at
 from moe_compile.probing.numbers import Numbers, whole_numbers
 from moe_compile.probing.outside import marks, outside_put_back, places_of
 from moe_compile.probing.reads import SCALARS, Reads
@@ -40,20 +41,26 @@ def record(module: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: 
     tried = _Tried()
     try:
         return _record(module, forward, args, kwargs, flat, "sizes", tried)
-    except NotProbed:
+    except NotProbed as e:
         if not (tried.looped or tried.unrolled):
             raise
+        why, listed = e, _Tried()
+        try:
+            return _record(module, forward, args, kwargs, flat, "lists", listed)
+        except NotProbed as other:
+            why = other if isinstance(e, Asked) and listed.listed else e
         with contextlib.suppress(NotProbed):
-            return _record(module, forward, args, kwargs, flat, "any" if tried.unrolled else "none", tried)
-        raise
+            return _record(module, forward, args, kwargs, flat, "any" if tried.unrolled else "none", _Tried())
+        raise why from None
 
 
 @dataclass
 class _Tried:
-    """looped: there was a loop over tokens. unrolled: an expert was chosen by data outside of one."""
+    """looped: there was a loop over tokens. unrolled: an expert was chosen by data outside of one. listed: tokens went into lists."""
 
     looped: bool = False
     unrolled: bool = False
+    listed: bool = False
 
 
 def _record(
@@ -91,7 +98,10 @@ def _record(
         known = {*done.rebound, *(f"{path}.{n}".lstrip(".") for path, n in done.written)}
         changed = [n for n in left_behind(state, state_of(shadow, (a, k))) if n not in known]
         before.refuse_changes([*changed, *left_behind(outside, outside_after)], grad)
+    if loops == "lists" and not recorder.listing:
+        raise NotProbed("no loop puts tokens into lists")
     done.output = tape.result(out)
+    done.beyond = tokens_to_try(recorder, reads) if recorder.listing else 0
     done.entered = list(dict.fromkeys(recorder.entered))
     done.assumptions = {**recorder.assumptions, **numbers.assumptions}
     return done
@@ -124,10 +134,13 @@ def _run(recorder: Recorder, forward: Callable[..., Any], shadow: nn.Module, arg
     except NotProbed:
         raise
     except Exception as e:
-        raise NotProbed(_why(e)) from e
+        kind = Asked if isinstance(_cause(e), Asked) or _is_index(_cause(e)) else NotProbed
+        raise kind(_why(e)) from e
     finally:
         recorder.on = recorder.numbers.answering = False
-        tried.looped, tried.unrolled = recorder.looped, recorder.unrolled
+        if recorder.stop_listening is not None:
+            recorder.stop_listening()
+        tried.looped, tried.unrolled, tried.listed = recorder.looped, recorder.unrolled, recorder.listing
 
 
 class _Before:
@@ -166,17 +179,30 @@ def _path(keys: Any) -> str:
 
 def _why(e: Exception) -> str:
     """What stopped the forward, and where in the user's code."""
-    cause: BaseException = e
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    cause = _cause(e)
     if isinstance(cause, NotProbed):
         return str(cause)
-    tb, place = e.__traceback__, "?"
+    tb, place, code = e.__traceback__, "?", ""
     while tb is not None:
         file = tb.tb_frame.f_code.co_filename
         if not file.startswith((torch.__path__[0], __file__.rpartition("/")[0])):
-            place = f"{file}:{tb.tb_lineno}"
+            place, code = f"{file}:{tb.tb_lineno}", code_at(file, tb.tb_lineno)
         tb = tb.tb_next
-    if type(cause).__name__ == "GuardOnDataDependentSymNode" and "specialized integer" in str(cause):
+    if _is_index(cause):
         return f"{place}: a list is indexed by a number that only the data tells: which expert runs is decided one token after the other"
-    return f"{place}: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}"
+    if type(cause).__name__ == "GuardOnDataDependentSymNode":
+        return f"{place}: torch asks for a number that only the data tells, a number of rows or an id, to know a shape{code}"
+    if "convert all Tensors to FakeTensors" in str(cause):
+        return f"{place}: a tensor comes from outside of the module, of a file or an object: a buffer of the module would be seen{code}"
+    return f"{place}: {type(cause).__name__}: {(str(cause).splitlines() or [''])[0][:200]}{code}"
+
+
+def _cause(e: BaseException) -> BaseException:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return e
+
+
+def _is_index(e: BaseException) -> bool:
+    """Was a number of the data the index of a list?"""
+    return type(e).__name__ == "GuardOnDataDependentSymNode" and "specialized integer" in str(e)

@@ -6,9 +6,11 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 from unittest import mock
 
+import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -16,13 +18,14 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing import contents, counting, hit, tokens
+from moe_compile.probing import contents, counting, drawn, hit, lists, tokens
 from moe_compile.probing.chosen import choosing
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
 from moe_compile.probing.fakes import called
 from moe_compile.probing.indices import chosen_element, cut_to, first_rows, flat, is_mask, plain_index
 from moe_compile.probing.numbers import Numbers
+from moe_compile.probing.paths import Cell
 from moe_compile.probing.ranges import Ranges
 from moe_compile.probing.reads import opens
 from moe_compile.probing.regions import autocast_marked, grad_mode
@@ -41,7 +44,15 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__float__": contents.item, "tolist": contents.tolist, "numpy": contents.numpy, "__array__": contents.numpy,
     "__len__": contents.length, "__format__": contents.formatted, "__iter__": hit.iterate, "unbind": hit.unbind,
     "bincount": counting.bincount, "histc": counting.histc, "one_hot": counting.one_hot, "_set_grad_enabled": grad_mode,
+    "dropout": drawn.dropout, "dropout_": drawn.dropout, "alpha_dropout": drawn.dropout,
 }  # fmt: skip
+
+
+def _is_method(func: Any, name: str) -> bool:
+    """Of tensors; `x ** 2` calls a function of no name in torch's file of tensors that is `pow` by its own account."""
+    if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") or getattr(torch.Tensor, name, None) is func:
+        return True
+    return getattr(func, "__module__", "") == "torch._tensor" and hasattr(torch.Tensor, name)
 
 
 class _Decided:
@@ -55,7 +66,8 @@ class Recorder(TorchFunctionMode):
         self, numbers: Numbers, tape: Tape, root: nn.Module, entering: Callable[[nn.Module], None], flat: bool = False, loops: str = "sizes"
     ) -> None:
         super().__init__()
-        self.over_tokens = loops  # which loops are ones over tokens: over "sizes" of inputs, "any" that no other stands around, "none"
+        # Which loops are ones over tokens: over "sizes" of inputs, "any" that no other stands around, "none"; "lists": they fill lists.
+        self.over_tokens = loops
         self.flat = flat
         self.numbers, self.tape, self.root, self.entering = numbers, tape, root, entering
         self.constants, self.ranges = Constants(), Ranges()
@@ -69,7 +81,14 @@ class Recorder(TorchFunctionMode):
         self.stacked: dict[tuple, tuple[torch.Tensor, tuple]] = {}  # experts and what they read -> what they all give; kept with both
         self.loops: list[tokens.Loop] = []  # over tokens, that are open
         self.waiting: tokens.Loop | None = None  # that has not begun
+        self.members: dict[sympy.Symbol, tokens.Loop | Cell] = {}  # numbers of tokens that are put into lists
+        self.called: set[CodeType] = set()  # the user's code that loops have called which fill lists
+        self.later: set[CodeType] = set()  # and that was called behind them
+        self.stop_listening: Callable[[], None] | None = None
+        self.beyond = False  # is something compared in them
+        self.cells: dict[int, tuple[torch.Tensor, Cell]] = {}  # id of one token's part of a tensor -> it
         self.looped = self.unrolled = False  # were there any; was an expert chosen by data without one
+        self.listing = False  # do tokens go into lists
 
     # ------------------------------------------------------------ torch calls
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -94,6 +113,10 @@ class Recorder(TorchFunctionMode):
             return cut
         if self.loops and name in _ELEMENT_INDEX and (at := tokens.place(self, args[1])) is not None:
             return tokens.write(self, args[0], at, args[2]) if "set" in name else tokens.read(self, args[0], at)
+        if self.members and (every := lists.tensor(self, name, args, kwargs)) is not None:
+            return every
+        if self.members and name in ("__getitem__", "getitem") and (element := lists.element(self, args[0], args[1])) is not None:
+            return element
         if self.looped and (every := tokens.stacked(self, name, args, kwargs)) is not None:
             return every
         if name in ("__getitem__", "getitem") and (element := chosen_element(self, args[0], args[1])) is not None:
@@ -126,10 +149,9 @@ class Recorder(TorchFunctionMode):
             return out
         known = self.constants.result(func, name, args, kwargs)
         written = self.tape.written(args), self.tape.written(kwargs)
-        if type(func).__name__ in ("method_descriptor", "wrapper_descriptor") or getattr(torch.Tensor, name, None) is func:
-            n = self._method(name, *written)
-        else:
-            n = self.tape.add("call_function", func, *written)
+        if written[1].get("requires_grad") is True and any(p.requires_grad for p in self.root.parameters()):
+            del written[1]["requires_grad"]  # of a tensor made here, whose gradient nobody reads; Dynamo breaks there
+        n = self._method(name, *written) if _is_method(func, name) else self.tape.add("call_function", func, *written)
         self._effects(name, args, kwargs)
         self.tape.hold(n, out)
         if isinstance(out, torch.Tensor) and known is not None:

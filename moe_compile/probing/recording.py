@@ -30,4 +30,5 @@ class Recording:
     entered: list[str] = field(default_factory=list)  # submodules that were recorded from within
     reads: Reads = field(default_factory=Reads)
     classes: list[int] = field(default_factory=list)  # among how many ids the code counts
+    beyond: int = 0  # so many tokens to one expert are to be checked as well
     values: dict[Node, Any] = field(default_factory=dict)  # what each node has given

@@ -52,6 +52,8 @@ class Call:
 
     sure: whether Dynamo is known to break there; otherwise it may capture the module.
     steps: torch calls behind the one routing decision in it, where they are many; then it need not have asked.
+    around: the call in which it was made. outer: that, where the module is called more than once in it, token by token say, and what it
+    decides by was chosen outside of it.
     """
 
     module: nn.Module
@@ -59,6 +61,8 @@ class Call:
     kwargs: dict[str, Any]
     sure: bool = False
     steps: int = 0
+    around: Call | None = None
+    outer: Call | None = None
 
 
 def may_route(model: nn.Module) -> bool:
@@ -138,6 +142,11 @@ class _Scout(TorchFunctionMode):
     def entered(self, call: Call) -> Iterator[None]:
         """Within, the call's module runs."""
         decided, long = len(self.decisions), len(self.long)
+        before = self.found.get(id(call.module))
+        if self.stack:
+            call.around = self.stack[-1]
+            if before is not None and before.around is call.around and self.decisions and not self._decides(before):
+                before.outer = before.around
         self.stack.append(call)
         try:
             yield
@@ -148,6 +157,11 @@ class _Scout(TorchFunctionMode):
             call.steps = self.steps - mine[0][1]
             if call.steps >= LONG:
                 self.long.setdefault(id(call.module), call)
+
+    def _decides(self, call: Call) -> bool:
+        """Does the module choose experts itself?"""
+        inside = set(map(id, call.module.modules()))
+        return any(id(owner.module) in inside for owner, _ in self.decisions)
 
     def _note(self, sure: bool) -> None:
         call = self.stack[-1]
@@ -181,10 +195,15 @@ def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[lis
         _state.rehearsing = False
     real = dict(zip(map(id, shadow.modules()), model.modules()))
     asked, long = (
-        [Call(real[i], c.args, c.kwargs, c.sure, c.steps) for i, c in found.items() if any(True for _ in c.module.parameters())]
-        for found in (scout.found, scout.long)
+        [_real(c, real) for c in found.values() if any(True for _ in c.module.parameters())] for found in (scout.found, scout.long)
     )
     return sorted(asked, key=lambda c: sum(1 for _ in c.module.modules())), long
+
+
+def _real(c: Call, modules: dict[int, nn.Module]) -> Call:
+    """The same call of the model's own module."""
+    outer = None if c.outer is None else _real(c.outer, modules)
+    return Call(modules[id(c.module)], c.args, c.kwargs, c.sure, c.steps, None, outer)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from moe_compile.probing import formulas
-from moe_compile.probing.errors import NotProbed, users_frame, where
+from moe_compile.probing.errors import NotProbed, code_of, users_frame, where
 
 
 class Tape:
@@ -114,7 +114,8 @@ class Tape:
 
     def _symbol(self, x: sympy.Symbol) -> Node:
         if x not in self._origins:
-            raise NotProbed(f"{where(users_frame())}: the number {x} has no origin that can be written down")
+            frame = users_frame()
+            raise NotProbed(f"{where(frame)}: a number that no torch call has given, as of one token in a loop over tokens{code_of(frame)}")
         origin = self._origins[x]
         if not isinstance(origin, Node):
             self._origins[x] = origin = origin()

@@ -2,7 +2,8 @@
 
 A loop is one over `range(x.shape[0])`, over a tensor whose first size varies, or over a list of it; several of them side by side (zip,
 enumerate) are one loop, and loops may stand in each other. Within, `x[t]` is a row. What one token computes may go into row t of a tensor,
-or be the only entry of a list that torch stacks afterwards; anything else that is left of the last token is refused.
+or be the only entry of a list that torch stacks afterwards; anything else that is left of the last token is refused. A loop that only puts
+tokens into lists, one an expert, goes through its body more than once (lists.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.fx import Node
 
+from moe_compile.probing import lists
+from moe_compile.probing.bodies import listen, refuse_decisions
 from moe_compile.probing.errors import NotProbed, users_frame, where
-from moe_compile.probing.numbers import of_data
+from moe_compile.probing.numbers import length_of, of_data
+from moe_compile.probing.paths import Cell, Path, keep
 
 if TYPE_CHECKING:
     from moe_compile.probing.recorder import Recorder
@@ -41,6 +45,9 @@ class Loop:
         self.r, self.length = r, length
         self.start: Node | None = None
         self.over = False
+        self.outer: tuple[Loop, ...] = ()  # those that it stands in
+        self.path: Path | None = None  # where tokens go into lists: this way through the outermost loop
+        self.next: Loop | None = None  # the same loop on its next way
         self.rows: dict[int, tuple[torch.Tensor, torch.Tensor, Node]] = {}  # id of a tensor -> it, its row, the row's node
         self.versions: dict[int, int] = {}
         self.turned: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # (id, dimension) -> it, with that dimension first
@@ -49,8 +56,21 @@ class Loop:
 
     def open(self) -> None:
         self.start = next(iter(reversed(self.r.tape.graph.nodes)), None) or self.r.tape.graph._root
+        self.outer = tuple(self.r.loops)
+        if self.r.over_tokens == "lists":
+            self._begin_path()
         self.r.loops.append(self)
         self.r.looped = True
+
+    def _begin_path(self) -> None:
+        if self.outer:
+            self.path = self.outer[0].path
+        elif self.path is None:
+            self.path, self.r.listing = Path(), True
+            refuse_decisions(self.r, frame := users_frame())
+            if self.r.stop_listening is None:
+                listen(self.r, frame)
+        self.r.members[self.number.node.expr] = self
 
     def close(self) -> None:
         from moe_compile.probing.batched import batch
@@ -60,7 +80,20 @@ class Loop:
         self.r.loops.pop()
         self.r.stacked.clear()  # it holds rows of this loop
         self.over = True
-        batch(self.r, self)
+        if self.path is None:
+            batch(self.r, self)
+        else:
+            lists.close(self.r, self)
+
+    def again(self) -> Loop | None:
+        """The same loop once more, where another way leads through its body."""
+        if self.next is None and self.path is not None and not self.outer and (turns := self.path.following()) is not None:
+            self.next = Loop(self.r, self.length)
+            self.next.path = Path(turns, self.path.number)
+        return self.next
+
+    def now(self) -> Loop:
+        return self if self.next is None else self.next.now()
 
     def row(self, x: torch.Tensor) -> torch.Tensor:
         """x[t]"""
@@ -74,6 +107,9 @@ class Loop:
             self.r.tape.hold(held, row)
             self.r.ranges.note("getitem", (x,), {}, row)
             self.rows[id(x)], self.versions[id(x)] = (x, row, held), version
+            if self.path is not None:
+                known = self.r.cells.get(id(x))
+                keep(self.r, row, known[1].row(self) if known is not None else Cell(x, version, (self,)))
         return self.rows[id(x)][1]
 
 
@@ -99,7 +135,10 @@ class Visits:
         if self.begun:
             if not self.loop.over:
                 self.loop.close()
-            raise StopIteration
+            again = self.loop.again()
+            if again is None:
+                raise StopIteration
+            self.loop = again
         if self.loop.start is None:
             self.loop.open()
         self.begun = True
@@ -129,15 +168,24 @@ def shims(r: Recorder) -> dict[str, Any]:
 
     def tokens(*args: Any) -> Any:
         stop = args[-1] if len(args) == 1 or (len(args) == 2 and type(args[0]) is int and args[0] == 0) else None
-        if r.on and (is_size(r, stop) or (r.over_tokens == "any" and type(stop) is int and stop > 1 and not r.loops)):
+        if r.on and (is_size(r, stop) or (type(stop) is int and _taken_for_tokens(r, stop))):
             return _Range(r, stop)
         return range(*args)
 
     def numbered(things: Any, start: int = 0) -> Any:
         each, loop = iter(things), r.waiting
-        return enumerate(each, start) if loop is None or loop.start is not None else ((loop.number + start, x) for x in each)
+        return enumerate(each, start) if loop is None or loop.start is not None else ((loop.now().number + start, x) for x in each)
 
-    return {"range": tokens, "enumerate": numbered}
+    def length(x: Any) -> Any:
+        found = lists.length(r, x) if r.on and r.over_tokens == "lists" else None
+        return length_of(x) if found is None else found
+
+    return {"range": tokens, "enumerate": numbered, "len": length}
+
+
+def _taken_for_tokens(r: Recorder, stop: int) -> bool:
+    """Is a loop over a constant one over tokens, or over a token's slots while tokens are put into lists?"""
+    return (r.over_tokens == "any" and not r.loops and stop > 1) or (lists.open_path(r) is not None and stop > 0)
 
 
 def is_size(r: Recorder, n: Any) -> bool:
@@ -161,6 +209,18 @@ def _is_number(loop: Loop, n: Any) -> bool:
     return isinstance(n, torch.SymInt) and _same(n, loop.number)
 
 
+def of_token(r: Recorder, n: Node) -> bool:
+    """Is it computed from the row of a token whose loop is open?"""
+    rows, seen, todo = {node for loop in r.loops for _, _, node in loop.rows.values()}, set(), [n]
+    while todo:
+        n = todo.pop()
+        if n in rows:
+            return True
+        seen.add(n)
+        todo += [a for a in n.all_input_nodes if a not in seen]
+    return False
+
+
 def _first(r: Recorder, x: torch.Tensor, at: Place) -> torch.Tensor:
     """x[2, :, t] is [2, :] of row t of x.movedim(2, 0)."""
     d = len(at.before)
@@ -176,7 +236,11 @@ def read(r: Recorder, x: torch.Tensor, at: Place) -> torch.Tensor:
     row, rest = at.loop.row(_first(r, x, at)), _rest(at)
     with r:
         row = row.unsqueeze(len(at.before)) if at.one else row
-        return row[rest] if rest else row
+        found = row[rest] if rest else row
+    known = r.cells.get(id(row))
+    if known is not None and rest and id(found) not in r.cells and not at.one:
+        keep(r, found, known[1].part(rest))
+    return found
 
 
 def write(r: Recorder, x: torch.Tensor, at: Place, value: Any) -> None:

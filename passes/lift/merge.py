@@ -26,7 +26,7 @@ class Merger:
     def _merge(self, parts: tuple[Expr, ...]) -> Expr:
         a = parts[0]
         if any(p.op != a.op or len(p.args) != len(a.args) for p in parts):
-            raise Refused("the experts are not alike: " + " / ".join(sorted({p.op for p in parts})))
+            raise Refused(f"the experts are not alike: {_unlike(parts)}")
         if a.op == "var":
             raise Refused("the experts run over different indices")
         if a.op == "const":
@@ -78,3 +78,12 @@ def select(index: Expr, *parts: Expr) -> Expr:
         return subst(Merger(which).merge(tuple(parts)), {which: index})
     except Refused:
         return sel(index, *parts)
+
+
+def _unlike(parts: tuple[Expr, ...]) -> str:
+    """Which is the first that computes something else than the one before all others, and what."""
+    a = parts[0]
+    e, b = next((i, p) for i, p in enumerate(parts) if p.op != a.op or len(p.args) != len(a.args))
+    if a.op == b.op:
+        return f"expert {e} has {len(b.args)} parts in a `{b.op}` where expert 0 has {len(a.args)}"
+    return f"expert {e} has a `{b.op}` where expert 0 has a `{a.op}`"

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from .algebra import mul, refresh, replace
-from .expr import Expr, Refused, Var, alpha, factors, is_const, loads, show, subexprs
+from .expr import Expr, Refused, Var, alpha, factors, is_const, loads, subexprs
 from .index import is_bool
 from .normal import is_id
 from .param import Digit, Param
+from .places import computed
 from .quantized import Reading, is_numbers, outer_loads, own_factors, recognised
 from .sizes import Size, prod
 from .value import index_of
@@ -136,7 +137,7 @@ class Builder:
         on_feature = bool(e.free & set(feat))
         if not on_feature:
             if self.rows and not e.free & self._row_vars():
-                raise Refused(f"a factor that belongs to no row: {show(e)[:80]}")
+                raise Refused(f"a factor that belongs to no row: {computed(e)}")
             return self.as_w(e)
         if not on_slot and (e.free & self._row_vars() or not self.rows):  # a single token has no variable
             return self.as_x(e, feat)
@@ -155,7 +156,7 @@ class Builder:
 
     def as_w(self, e: Expr) -> str:
         if is_bool(e):
-            raise Refused(f"a condition inside the expert's function: {show(e)[:80]}")
+            raise Refused(f"a condition inside the expert's function: {computed(e)}")
         if self.w is not None and self.w is not e:
             raise Refused("two different routing weights inside the experts")
         self.w = e
@@ -192,7 +193,8 @@ class Builder:
         """The weight of a sum, its input features in the weight's order, and what it multiplies."""
         mine = [f for f in factors(body) if self.expert_load(_uncast(f)) and set(vs) <= f.free]
         if len(mine) != 1:
-            raise Refused("a sum inside the experts that is not a linear layer of the selected expert (a norm over its features, say)")
+            what = "not a linear layer of the selected expert (a norm over its features, say, or a layer that all share)"
+            raise Refused(f"a sum inside the experts that is {what}")
         order = tuple(d for a in _uncast(mine[0]).args[1:] for d in _digits(a) if isinstance(d, Var) and d in vs)
         return self.param(_uncast(mine[0]), feat, vs), order, mul(*[f for f in factors(body) if f is not mine[0]])
 
@@ -255,7 +257,7 @@ class Builder:
             return Digit("i", size)
         if isinstance(d, Var) and d in set(feat):
             return Digit("o", size)
-        raise Refused(f"a weight is indexed by {show(d)[:60]}")
+        raise Refused(f"a weight is indexed by {computed(d)}")
 
 
 def opened(e: Expr) -> tuple[list[Var], Expr]:

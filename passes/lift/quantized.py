@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .algebra import mul
 from .algebra import replace as substitute
 from .decode import evaluate
-from .expr import Expr, Leaf, Refused, Var, is_const, raw, show
+from .expr import Expr, Leaf, Refused, Var, is_const, raw
 from .index import pairs
 from .param import Digit, Format, Param, Scale
+from .places import computed
 from .sizes import Size
 
 NUMBERS = {torch.int8, torch.uint8, torch.float8_e4m3fn}  # what weights are stored as
@@ -157,7 +158,7 @@ class _Codes:
         for kind, meant in _CODES[self.half is not None].items():
             if all(_same(evaluate(e, self._table(given, h)), meant[h]) for h in range(len(meant))):
                 return kind
-        raise Refused(f"quantised weights in a code that no kernel has: {show(e)[:80]}")
+        raise Refused(f"quantised weights in a code that no kernel has: {computed(e)}")
 
     def _table(self, given: torch.Tensor, h: int) -> dict[Expr, torch.Tensor]:
         table: dict[Expr, torch.Tensor] = {self.load: given}
@@ -246,7 +247,7 @@ class _Grid:
             return self._placed("o", evaluate(d, self.outs, self.column), n, place)
         if d.free and d.free <= set(self.ins):
             return self._placed("i", evaluate(d, self.ins), n, place)
-        raise Refused(f"scales indexed by {show(d)[:60]}")
+        raise Refused(f"scales indexed by {computed(d)}")
 
     def _placed(self, role: str, at: torch.Tensor, n: Size, place: dict[str, torch.Tensor]) -> Digit:
         place[role] = place[role] * n + at.long() if role in place else at.long()

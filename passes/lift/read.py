@@ -80,6 +80,13 @@ def read(value: Value, dtype: torch.dtype, first: First | None = None) -> Formul
         raise Refused(f"{e} (it counts positions, as code with a capacity does: each buffer row must be one slot's token)") from e
 
 
+_MACHINES = {
+    "count": "a count of tokens or ids", "perm": "a sorted order", "inv": "the order before sorting", "coord": "rows that a mask finds",
+    "seg": "an expert's part of sorted rows", "below": "a running count", "scat": "a scatter", "rows": "a number of rows",
+    "undef": "memory that nothing was written to",
+}  # fmt: skip
+
+
 def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
     value = _split_rows(value)
     rows = _rows(value)
@@ -88,7 +95,7 @@ def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
     if bad := leftovers(expr):
         if not used_ids(expr, rows):
             raise Refused(NOTHING_SUMMED)
-        raise Refused("routing machinery is left in the formula: " + ", ".join(sorted(bad)))
+        raise Refused("routing machinery is left in the formula: " + ", ".join(_MACHINES.get(op, op) for op in sorted(bad)))
     expr = _drop_cast(expr, dtype)
     slots, body = _peel_slots(_push_constants(expr), rows)
     ids = _selector(body, rows)

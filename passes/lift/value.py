@@ -116,6 +116,6 @@ def onto(v: Value, dims: Sequence[Sequence[Var]]) -> Expr:
     for mine, theirs in zip(v.dims, dims):
         for a, b in zip(mine, theirs):
             if not same_domain(a, b):
-                raise Refused("two data-dependent dimensions that are not known to be the same rows")
+                raise Refused("rows found by one mask meet rows found by another, and nothing says that they are the same rows")
             table[a] = b
     return subst(v.expr, table)

@@ -13,6 +13,7 @@ from moe_compile.ops.route import Routing
 
 from ..decisions import tensor_of
 from ..lift import Refused
+from ..lift.places import tensor, told
 from .nodes import rows, shape, topk_part
 from .read import Router
 from .window import Traced
@@ -81,7 +82,7 @@ def _holder(traced: Traced, a: Node) -> Node:
     for n in (*traced.window.inputs, *traced.window.nodes):
         if traced.trace.at_def.get(n) is a and traced.now.get(n) is a:
             return n
-    raise Refused(f"no node of the user's graph holds {a.name}")
+    raise Refused(f"what is computed within a call of {told(a)} is needed outside of it")
 
 
 def _check_gradients(router: Router, bias: Node | None) -> None:
@@ -104,7 +105,7 @@ def _cuts(traced: Traced, value: Node, part: int) -> Iterator[Cut]:
             continue
         outside = traced.window.read_outside(n)
         if any(u < maker for u in outside):
-            raise Refused(f"{n.name} is read before it is changed in place")
+            raise Refused(f"{tensor(n)} is read before it is changed in place")
         sizes = shape(traced.trace.at_def[n])
         if len(sizes) == 2 or outside:  # else views of two dimensions are cut, and it falls with them
             yield Cut(n, part, None if len(sizes) == 2 else _static(sizes), before)
@@ -119,7 +120,7 @@ def _holds(traced: Traced, n: Node, value: Node, younger: bool, maker: Node) -> 
     if t is None or made is None or t.untyped_storage()._cdata != made.untyped_storage()._cdata:
         return False
     if not _same_memory(t, made):
-        raise Refused(f"{n.name} shows a part of what is changed in place")
+        raise Refused(f"{tensor(n)} shows a part of what is changed in place")
     return True
 
 

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ..decisions import _LAYERS as LAYERS
 from ..decisions import callee, tensor_of, writes_to
 from ..lift import Refused
+from ..lift.places import tensor
 from ..lift.sizes import shape_of, size_of
 from ..window import CONTEXT, Ambient, Trace, is_size, symbolic
 
@@ -81,7 +82,7 @@ class Traced:
 
     def value(self, n: Node | None) -> Any:
         if n is not None and n not in self.now:
-            raise Refused(f"the value of {n.name} is not known")
+            raise Refused(f"the value of {tensor(n)} is not known")
         return None if n is None else self.now[n]
 
     def names(self) -> dict[Node, str]:

@@ -25,6 +25,12 @@ STYLE_GRAPHS: dict[str, int | str] = {
     "tf5_eager_hit": 5,
     "argsort_bincount_split": "GuardOnDataDependentSymNode",
     "offsets_by_comparison": 3,
+    "lists_of_tokens": 3,
+    "permuted_by_library": "GuardOnDataDependentSymNode",
+    "low_rank_beside_a_layer": 5,
+    "second_above_threshold": 3,
+    "module_of_one_token": 3,
+    "one_choice_a_sequence": 2,
 }
 
 # Not one graph, and the recording is no help: name -> what the report says.

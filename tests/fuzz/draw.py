@@ -93,7 +93,7 @@ def _loop(pick: Any) -> dict[str, Any]:
 
 
 def _skip(spelling: str, pick: Any) -> dict[str, Any]:
-    if spelling == "slot_buffer":
+    if spelling in ("slot_buffer", "groups"):
         return {"skip": pick(("never", "any", "sum"))}
     return {"skip": pick(("never", "any"))} if spelling in styles.SORTED else {}
 

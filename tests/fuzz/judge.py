@@ -173,7 +173,8 @@ def _why(report: Any) -> str:
 def kind_of(reason: str) -> str:
     """The first reason without names, numbers and places."""
     text = re.sub(r"^.*(stays as it is: |no MoE block was rewritten \()", "", reason.splitlines()[0].split("; ")[0])
-    text = re.sub(r"\S+\.py:\d+\)?:? ", "", text)
+    text = re.sub(r"\(`[^`]*`\)|`[^`]*`", "", text)
+    text = re.sub(r"\S+\.py:\d+ ?\)?:? ", "", text)
     text = re.sub(r"^\w+: (?=[a-z])", "", text)
     text = re.sub(r"\b\w+_\d+\b|\d[\d.e+-]*", "#", text)
     return text[:120]

@@ -16,6 +16,7 @@ MISTAKES = {
     "dense": ("column_rolled", "all_scores", "max_of_experts"),
     "capacity": ("counted_from_one", "counted_over_experts", "capacity_one", "shares_not_dropped", "combine_next_row"),
     "tokens": ("first_slot_only", "next_token_read"),
+    "groups": ("lists_cut", "lists_turned", "lists_limited", "list_of_next", "first_slots_expert"),
 }  # fmt: skip
 
 
@@ -149,15 +150,49 @@ def _tokens(s: Spec) -> list[str]:
 
 
 def _groups(s: Spec) -> list[str]:
-    """Tokens in Python lists, one an expert."""
+    """Tokens in Python lists, one an expert: pairs with the slot, two lists side by side, or a search for each expert."""
+    lists = {"never": _lists_of_pairs, "any": _lists_side_by_side, "sum": _searched}[s.skip](s)
+    cut = {"lists_cut": "[:2]", "lists_turned": "[::-1]"}.get(s.mistake, "")
+    other = "(e + 1) % E" if s.mistake == "list_of_next" else "e"
+    body = [
+        f"t, k = rows[{other}], slots[{other}]{cut}",
+        *(["t = t[:2]"] if s.mistake == "lists_cut" else []),
+        "if t:",
+        "    t, k = torch.tensor(t), torch.tensor(k)",
+        f"    out.index_add_(0, t, {call(s, 'e', 'x[t]')} * w[t, k, None])",
+    ]
+    return [*lists, "out = torch.zeros_like(x)", "for e in range(E):", *indented(body)]
+
+
+def _lists_of_pairs(s: Spec) -> list[str]:
+    body = [f"lists[{'chosen[0]' if s.mistake == 'first_slots_expert' else 'e'}].append((t, k))"]
+    if s.mistake == "lists_limited":
+        body = ["if len(lists[e]) < 2:", *indented(body)]
     return [
         "lists = [[] for _ in range(E)]",
         "for t, chosen in enumerate(ids.tolist()):",
         "    for k, e in enumerate(chosen):",
-        "        lists[e].append((t, k))",
-        "out = torch.zeros_like(x)",
-        "for e, pairs in enumerate(lists):",
-        "    if pairs:",
-        "        t, k = (torch.tensor(p) for p in zip(*pairs))",
-        f"        out.index_add_(0, t, {call(s, 'e', 'x[t]')} * w[t, k, None])",
+        *indented(body, 2),
+        "rows, slots = [[t for t, _ in pairs] for pairs in lists], [[k for _, k in pairs] for pairs in lists]",
+    ]
+
+
+def _lists_side_by_side(s: Spec) -> list[str]:
+    chosen = "ids[t, 0]" if s.mistake == "first_slots_expert" else "ids[t, k]"
+    body = [f"e = {chosen}.item()", "rows.setdefault(e, []).append(t)", "slots[e].append(k)"]
+    if s.mistake == "lists_limited":
+        body = [body[0], "used[e] += 1", "if used[e] > 2:", "    continue", *body[1:]]
+    lines = ["for t in range(x.shape[0]):", "    for k in range(K):", *indented(body, 2)]
+    return ["used = [0] * E", "rows, slots = {e: [] for e in range(E)}, {e: [] for e in range(E)}", *lines]
+
+
+def _searched(s: Spec) -> list[str]:
+    chosen = "chosen[t][0]" if s.mistake == "first_slots_expert" else "chosen[t][k]"
+    more = " and t < 3" if s.mistake == "lists_limited" else ""
+    found = f"[(t, k) for t in range(x.shape[0]) for k in range(K) if {chosen} == e{more}]"
+    pairs = f"pairs = [{found} for e in range(E)]"
+    return [
+        "chosen = ids.tolist()",
+        pairs,
+        *(f"{n} = [[pair[{i}] for pair in each] for each in pairs]" for i, n in enumerate(("rows", "slots"))),
     ]
