@@ -17,6 +17,8 @@ from .decisions import callee, tensor_of, writes_in_place, writes_to
 from .window import CONTEXT, Trace
 
 Remap = Callable[[Node], Node]
+aten = torch.ops.aten
+WHOLE_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default)  # all elements, in their order
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,16 @@ class Liveness:
     cut: Node | None = None
     replaced: frozenset[Node] = frozenset()
 
-    def removable(self, needed: Iterable[Node], at: Remap) -> list[Node]:
+    def removable(self, needed: Iterable[Node], at: Remap, written: Iterable[Node] = ()) -> list[Node]:
         """Nodes of the window that nobody needs once root's value is computed otherwise.
 
-        `needed`: what the new code reads.  `at(n)`: the node of the graph at hand that stands for the window's node n.
+        `needed`: what the new code reads; `written`: what it fills as a whole, so that only the memory is needed, not what stood there.
+        `at(n)`: the node of the graph at hand that stands for the window's node n.
         """
         inside = {at(n) for n in self.nodes}
         seen = {n for n in self.nodes if n is not self.root and any(u not in inside for u in at(n).users)}
-        keep = seen | set(needed)
-        live = self._live(seen, set(needed))
+        keep = seen | set(needed) | set(written)
+        live = self._live(seen, set(needed), self._read_later(set(written), inside, at))
         dead = [n for n in self.nodes if n is not self.root and n not in keep and self._droppable(n, live, at)]
         return self._closed(dead, at)
 
@@ -52,16 +55,33 @@ class Liveness:
             return False
         return not any(a in live or _random(a) for a in self.trace.created[n])
 
-    def _live(self, seen: set[Node], needed: set[Node]) -> set[Node]:
+    def _read_later(self, written: set[Node], inside: set[Node], at: Remap) -> set[Node]:
+        """Those of `written` that nodes outside read only when they are filled."""
+        if self.root is None or not written:
+            return set()
+        order = {n: i for i, n in enumerate(at(self.root).graph.nodes)}
+        return {n for n in written if all(order[u] > order[at(self.root)] for u in at(n).users if u not in inside)}
+
+    def _cuts(self) -> set[Node]:
+        """The ATen nodes of root's value: what the root writes through a view is a view of what it writes to the whole."""
+        found: set[Node] = set()
+        a, own = self.cut, set() if self.root is None else set(self.trace.created[self.root])
+        while a is not None and a not in found:
+            found.add(a)
+            whole = a.all_input_nodes[0] if a.target in WHOLE_VIEWS else None
+            a = whole if whole in own else None
+        return found
+
+    def _live(self, seen: set[Node], needed: set[Node], filled: set[Node]) -> set[Node]:
         """ATen nodes that still matter: values seen outside, values the new code reads, and inputs changed for good."""
         seeds = [self._at_def(n) for n in needed if n in self.trace.at_def]
-        seeds += [a for n in seen for a in (self.now.get(n), self._at_def(n))]
+        seeds += [a for n in seen for a in (self.now.get(n), None if n in filled else self._at_def(n))]
         seeds += [self.now[n] for n in self.inputs if n in self.now and self.now[n] is not self._at_def(n)]
-        live: set[Node] = set()
+        live, cuts = set[Node](), self._cuts()
         todo = [a for s in seeds for a in (s if isinstance(s, list) else [s]) if isinstance(a, Node)]
         while todo:
             a = todo.pop()
-            if a is not self.cut and a not in self.replaced and a not in live:
+            if a not in cuts and a not in self.replaced and a not in live:
                 live.add(a)
                 todo.extend(a.all_input_nodes)
         return live

@@ -54,7 +54,7 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap
         with graph.inserting_before(root):
             value = _emit(emitter, providers, spread)
             written = {region.target} if region.target is not None else set()
-            removed = region.liveness.removable(emitter.read | written, at)
+            removed = region.liveness.removable(emitter.read, at, written)
             _check_sources(region, emitter.read, set(removed), at)
             if region.target is not None:
                 graph.call_method("copy_", (at(region.target), value))

@@ -28,7 +28,7 @@ from moe_compile.sharding import expert_parameters, expert_range, is_sharded, sh
 STYLES_WITHOUT = {"hf_doge_cdmoe"}
 VARIANTS_WITHOUT = {
     "flat_slab_chunk", "flat_slab_view", "conv1x1_experts", "expert_norm_inside", "expert_tied", "expert_int8_weights", "parameter_list",
-    "expert_other_width", "expert_on_shared_hidden",
+    "expert_other_width", "expert_on_shared_hidden", "low_rank_beside_a_layer",
 }  # fmt: skip
 ZOO_WITHOUT = {"dbrx", "doge_cdmoe_block", "longcat_flash", "vitpose_backbone", "zaya"}
 

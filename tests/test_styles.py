@@ -8,7 +8,7 @@ import pytest
 import torch
 from corpus import styles
 from corpus.expected import STYLE_GRAPHS, STYLE_LEFT, STYLE_REFUSED, STYLE_REGIONS
-from corpus.harness import distance, dynamo_graphs, error, observe, worst
+from corpus.harness import distance, dynamo_graphs, error, left_over, observe, worst
 from corpus.variants import VARIANTS
 from torch import Tensor, nn
 
@@ -48,7 +48,13 @@ def regions(name: str) -> int:
 def test_values_and_gradients_are_kept(name):
     style, report = load(name), moe_compile.RewriteReport()
     torch._dynamo.reset()
-    compiled = moe_compile.compile(style.module, inner="eager", report=report)
+    left: list[str] = []
+
+    def inner(gm, _):
+        left.extend(left_over(gm))
+        return gm.forward
+
+    compiled = moe_compile.compile(style.module, inner=inner, report=report)
     for seed in (7, 8):
         x = style.other_input(seed)
         reset_buffers = {n: b.clone() for n, b in style.module.named_buffers()}
@@ -62,6 +68,7 @@ def test_values_and_gradients_are_kept(name):
         assert distance(got, want) < (5e-3 if style.half else 1e-5), str(report)
         assert all(error(b, after[n]) == 0 for n, b in style.module.named_buffers()), "buffers differ"
     assert len(report.rewritten) == regions(name), str(report)
+    assert not left, left
 
 
 @pytest.mark.parametrize("name", ["slot_then_expert", *(n for n in NAMES if n.startswith("mask_slots"))])

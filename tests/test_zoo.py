@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from corpus.expected import ZOO_REFUSED, ZOO_SAMPLE, ZOO_SEVERAL_GRAPHS
-from corpus.harness import error
+from corpus.harness import error, left_over
 from corpus.hf_zoo import MOE_LAYERS, ZOO, first_tensor
 
 import moe_compile
@@ -22,10 +22,16 @@ NAMES = list(ZOO) if os.environ.get("MOE_COMPILE_ZOO") == "all" else ZOO_SAMPLE
 def test_model_keeps_its_output_and_is_rewritten(name):
     torch._dynamo.reset()
     model, kwargs = ZOO[name]()
-    report = moe_compile.RewriteReport()
-    compiled = moe_compile.compile(model, inner="eager", report=report)
+    report, left = moe_compile.RewriteReport(), list[str]()
+
+    def inner(gm, _):
+        left.extend(left_over(gm))
+        return gm.forward
+
+    compiled = moe_compile.compile(model, inner=inner, report=report)
     with torch.no_grad():
         assert error(first_tensor(compiled(**kwargs)), first_tensor(model(**kwargs))) < 1e-5
+    assert not left, left
     missing, reason = ZOO_REFUSED.get(name, (0, ""))
     assert len(report.rewritten) == MOE_LAYERS[name] - missing, str(report)
     if not missing and name not in ZOO_SEVERAL_GRAPHS:

@@ -125,3 +125,14 @@ def dynamo_graphs(module: nn.Module, *args: Any, flags: bool = True, **kwargs: A
         except Exception as error:  # noqa: BLE001  (whatever it raises is the answer)
             return type(error).__name__
     return count
+
+
+PRODUCTS = ("linear", "matmul", "mm", "einsum")
+
+
+def left_over(gm: Any) -> list[str]:
+    """Products by weights of rewritten experts that the graph computes beside our ops: the user's loop, which should be gone."""
+    ours = [n for n in gm.graph.nodes if "permute_experts" in str(n.target) or "local_experts" in str(n.target)]
+    lists = [a for n in ours for a in n.args if isinstance(a, (list, tuple))]
+    weights = {a for own in lists for a in own if getattr(a, "op", None) in ("placeholder", "get_attr")}
+    return [f"{u.name} of {w.name}" for w in weights for u in w.users if u not in ours and any(p in str(u.target) for p in PRODUCTS)]

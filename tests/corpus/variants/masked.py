@@ -23,6 +23,21 @@ class MaskAny(ListBlock):
         return out.view_as(hidden)
 
 
+@variant("mask_three_axes_added_to", "makeMoE: a mask of batch and sequence, gates of all experts, `out[mask] += expert(rows) * gate`")
+class MaskThreeAxes(ListBlock):
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.gate(hidden)
+        top, ids = logits.topk(K, dim=-1)
+        gates = F.softmax(torch.full_like(logits, float("-inf")).scatter(-1, ids, top), dim=-1).view(-1, E)
+        x, out = hidden.view(-1, H), torch.zeros_like(hidden)
+        for e, expert in enumerate(self.experts):
+            mask = (ids == e).any(dim=-1)
+            flat = mask.view(-1)
+            if flat.any():
+                out[mask] += (expert(x[flat]) * gates[flat, e].unsqueeze(1)).squeeze(1)
+        return out
+
+
 @variant("mask_slots_buffer", "for k, for e: y[ids[:, k] == e] = expert(x[...]); out + w[:, k] * y: one slot after the other", inputs=x2d)
 class MaskSlotsBuffer(ListBlock):
     def forward(self, x: Tensor) -> Tensor:
