@@ -121,7 +121,7 @@ class Backend:
         why = f"no MoE block was rewritten ({reasons or '; '.join(report.notes) or 'none was found'})"
         if not self.patient:
             self._whole.update({region.where: region.reason for region in report.regions if region.where and region.reason})
-            raise NothingRewritten(why, () if any(region.formula for region in report.regions) else _codes_of_whole_frame())
+            raise NothingRewritten(why, _codes_of_whole_frame() if _settled(gm, report) else ())
         report.notes.append(f"moe_compile.compile captures this frame again without Dynamo's capture flags: {why}")
 
     def reset(self) -> None:
@@ -131,6 +131,14 @@ class Backend:
     def get_compiler_config(self) -> Any:
         """The inner compiler's configuration; torch.compile's wrappers expose it under this name."""
         return inner.compiler_config(self.options)
+
+
+def _settled(gm: GraphModule, report: GraphReport) -> bool:
+    """Would the code find no formula either where it is captured apart? It might, outside of a `with torch.no_grad()` or an autocast."""
+    from moe_compile.passes.decisions import callee
+    from moe_compile.passes.window import CONTEXT
+
+    return not any(region.formula for region in report.regions) and not any(callee(n) in CONTEXT for n in gm.graph.nodes)
 
 
 def _codes_of_whole_frame() -> tuple[CodeType, ...]:
