@@ -191,6 +191,24 @@ def from_order(tokens: int, block_rows: int, whole: bool) -> None:
             with poisoned():
                 got = plan.plan_of_order(given, offsets, ids.numel(), block_rows)
             check_plan(got, given, offsets, ids.numel(), experts, block_rows)
+            if block_rows >= plan.LEAST_ROWS:
+                same_when_opened_again(got, given, offsets, ids.numel(), block_rows)
+
+
+def same_when_opened_again(wanted: Any, order: Any, offsets: Any, slots: int, block_rows: int) -> None:
+    """A plan that is kept for other calls is the plan, with room for blocks of other sizes."""
+    from moe_compile.ops.kernels import plan
+
+    with poisoned():
+        kept = plan.kept_plan(order, offsets, slots, block_rows)
+    again = plan.open_plan(kept.words, order.shape[0], slots, offsets.shape[0], block_rows)
+    assert kept.words.shape[0] == plan.kept_words(order.shape[0], slots, offsets.shape[0])
+    assert again.slots.shape[0] == plan.kept_rows(order.shape[0], offsets.shape[0]) >= wanted.slots.shape[0]
+    used = int(wanted.num_blocks)
+    for name in ("rows", "num_blocks", "counts", "firsts"):
+        assert torch.equal(getattr(again, name), getattr(wanted, name)), name
+    assert torch.equal(again.blocks[:used], wanted.blocks[:used])
+    assert torch.equal(again.slots[: used * block_rows], wanted.slots[: used * block_rows])
 
 
 @CASES.add((0, 16), (1, 16), (7, 3), (16, 16), (37, 16), (130, 32))

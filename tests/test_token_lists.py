@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corpus.harness import observe, worst
 from list_blocks import LIMIT, REWRITTEN, TRAPS, build
-from probed_blocks import H, K
+from probed_blocks import K
+from recorded_blocks import expect_rewritten, tokens
 
 import moe_compile
 from moe_compile.probing.errors import NotProbed
 from moe_compile.probing.probe import program_for
 
 
-def tokens(n: int, seed: int) -> torch.Tensor:
-    return torch.randn(n, H, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_block_is_rewritten_whole_and_keeps_values_and_gradients(name):
-    torch._dynamo.reset()
-    module, report = build(REWRITTEN[name]), moe_compile.RewriteReport()
-    fast = moe_compile.compile(module, inner="eager", report=report)
-    for seed, n in enumerate((12, 7, 8)):
-        x = torch.stack([tokens(n, s) for s in range(2 + seed)]) if hasattr(module, "batched") else tokens(n, seed)
-        want, got = (observe(m, module, x, grad=True) for m in (module, fast))
-        assert worst(got, want)[0] < 1e-4, (n, worst(got, want))
-    assert report.rewritten, str(report)
-    assert all(r.top_k == (1 if name == "OneChoice" else K) for r in report.rewritten), str(report)
+    expect_rewritten(build(REWRITTEN[name]), 1 if name == "OneChoice" else K)
 
 
 @pytest.mark.parametrize("name", TRAPS)

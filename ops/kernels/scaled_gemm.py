@@ -104,10 +104,10 @@ def _scaled_once(acc, s, cols, stride_o, W_MODE: tl.constexpr, SWAP: tl.constexp
 @triton.jit
 def _step(
     x, units, w_scales, a_scales, acc, KIND: tl.constexpr, PER: tl.constexpr, W_SCALES: tl.constexpr, A_SCALES: tl.constexpr,
-    DTYPE: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DTYPE: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """acc with the sum of a step's inputs."""
-    w = numbers(units, w_scales, KIND, PER, DTYPE, ASSEMBLY)
+    w = numbers(units, w_scales, KIND, PER, DTYPE, FAST)
     if (KIND == "fp8") | (W_SCALES == "step") | (A_SCALES == "step"):
         part = dot(x, w, tl.zeros(acc.shape, tl.float32), SWAP, PRECISION)
         acc = _scaled(part, acc, w_scales, a_scales, W_SCALES, A_SCALES, SWAP)
@@ -129,6 +129,7 @@ def _products(
     """Two products [BM, BN] float32, of columns cols of tile n; one: the first twice."""
     N: tl.constexpr = 2 * BN if FORM == "pairs" else BN
     RUN: tl.constexpr = BK // PER
+    FAST: tl.constexpr = ASSEMBLY & (PER == 4) & (tl.bfloat16 == DTYPE)
     TWO: tl.constexpr = FORM == "apart"
     if FORM == "pairs":
         wide0 = START0 + tile_columns(n, 2 * WIDTH, N)
@@ -154,31 +155,30 @@ def _products(
         ws1 = _weight_scales(scales1, wide1, first1, step, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
     ra = _row_scales(a_scales, rows, step, scale_stride, STEPS, A_SCALES)
     for k in tl.range(0, IN, BK):
-        step += 1  # scales of the next step are under way while this one is multiplied, but for "inner"
-        next0 = _weight_scales(scales0, wide0, first0, step, si0, so0, STEPS, W_SCALES, OUT_BLOCK, ONE)
+        # Scales of the next step are under way while this one is multiplied. Not those of "inner": kept from step to step they would
+        # bind how the numbers lie in registers, which would then go through shared memory.
+        step += 1
+        now = step - 1 if W_SCALES == "inner" else step
+        next0 = _weight_scales(scales0, wide0, first0, now, si0, so0, STEPS, W_SCALES, OUT_BLOCK, ONE)
         next1 = next0
         if TWO:
-            next1 = _weight_scales(scales1, wide1, first1, step, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
+            next1 = _weight_scales(scales1, wide1, first1, now, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
+        if W_SCALES == "inner":
+            ws0 = next0
+            ws1 = next1
         next_a = _row_scales(a_scales, rows, step, scale_stride, STEPS, A_SCALES)
-        if (
-            W_SCALES == "inner"
-        ):  # from one step to the next they would bind how numbers lie in registers, and these go through shared memory
-            ws0 = _weight_scales(scales0, wide0, first0, step - 1, si0, so0, STEPS, W_SCALES, OUT_BLOCK, ONE)
-            ws1 = ws0
-            if TWO:
-                ws1 = _weight_scales(scales1, wide1, first1, step - 1, si1, so1, STEPS, W_SCALES, OUT_BLOCK, ONE)
         x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN)
         x = x if KIND == "fp8" else x.to(DTYPE)
         w = _units(w0, base0, wide0, k // PER, (expert, first0), i0, o0, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
-        acc = _step(x, w, ws0, ra, acc, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, ASSEMBLY)
+        acc = _step(x, w, ws0, ra, acc, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST)
         if TWO:
             w = _units(w1, base1, wide1, k // PER, (expert, first1), i1, o1, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
-            more = _step(x, w, ws1, ra, more, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, ASSEMBLY)
+            more = _step(x, w, ws1, ra, more, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST)
         if W_SCALES != "inner":
             ws0 = next0
             ws1 = next1
         ra = next_a
-    if ASSEMBLY & (KIND == "fp4") & (PER == 4) & (tl.bfloat16 == DTYPE):
+    if FAST & (KIND == "fp4"):
         acc *= FOLDED
         more *= FOLDED
     acc = _scaled_once(acc, scales0, wide0, so0, W_SCALES, SWAP)

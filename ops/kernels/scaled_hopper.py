@@ -110,9 +110,7 @@ def _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES: gl.constexpr,
 
 
 @gluon.jit
-def _scaled(
-    acc, part, by, a_rows, w_rows, empty, i, at, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr
-):
+def _scaled(acc, part, by, w_rows, empty, i, at, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, STAGES: gl.constexpr):
     """acc + part times the scales of step i, of its rows and w_rows[at] of its weights; its tiles are free then."""
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     s = i % STAGES
@@ -143,14 +141,14 @@ def _product(
         part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
         more, by_more = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i + 1, A_SCALES, STAGES, HALF)
         part = warpgroup_mma_wait(1, deps=[part])
-        acc = _scaled(acc, part, by, a_rows, w_rows, empty, i, at + step, W_SCALES, A_SCALES, STAGES, HALF)
+        acc = _scaled(acc, part, by, w_rows, empty, i, at + step, W_SCALES, A_SCALES, STAGES)
         more = warpgroup_mma_wait(0, deps=[more])
-        acc = _scaled(acc, more, by_more, a_rows, w_rows, empty, i + 1, at + step + 1, W_SCALES, A_SCALES, STAGES, HALF)
+        acc = _scaled(acc, more, by_more, w_rows, empty, i + 1, at + step + 1, W_SCALES, A_SCALES, STAGES)
         i += 2
     if steps % 2 == 1:
         part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
         part = warpgroup_mma_wait(0, deps=[part])
-        acc = _scaled(acc, part, by, a_rows, w_rows, empty, i, at + steps - 1, W_SCALES, A_SCALES, STAGES, HALF)
+        acc = _scaled(acc, part, by, w_rows, empty, i, at + steps - 1, W_SCALES, A_SCALES, STAGES)
         i += 1
     return acc, i
 

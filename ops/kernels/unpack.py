@@ -82,14 +82,13 @@ def number(units, NTH: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, fa
 
 
 @triton.jit
-def numbers(units, scales, KIND: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+def numbers(units, scales, KIND: tl.constexpr, PER: tl.constexpr, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """[N, PER * BU]: first the first number of each unit, then the second, ... scales, of "fp4": exponents [N, 4], each of BU / 4 units.
 
-    Of "fp4" by assembly they are 1 / FOLDED of what they stand for.
+    FAST: by assembly, into bfloat16, four a unit; those of "fp4" are 1 / FOLDED of what they stand for then.
     """
     N: tl.constexpr = units.shape[0]
     BU: tl.constexpr = units.shape[1]
-    FAST: tl.constexpr = ASSEMBLY & (PER == 4) & (tl.bfloat16 == DTYPE)
     factor = 1.0
     if KIND == "fp4":
         factor = power_of_two(scales, DTYPE, FAST)[:, :, None].broadcast_to(N, 4, BU // 4).reshape(N, BU)
