@@ -238,7 +238,7 @@ def _near_tiles(t: Tiles, shape: Shape, first: bool) -> Iterator[Tiles]:
         yield from _fit(t, shape, cols=wide, depth=deep, warps=_scaled(t.warps, warps), stages=t.stages + stages)
     for group in GROUPS:
         yield from _fit(t, shape, group=group)
-    for name in ("swap", "persistent", "half", "described", "early", *(("spread",) if first else ())):
+    for name in ("swap", "persistent", "half", "described", "early", *(("spread", "skip") if first else ())):
         yield from _fit(t, shape, **{name: not getattr(t, name)})
     yield from _fit(t, shape, persistent=not t.persistent, half=not t.half)
 

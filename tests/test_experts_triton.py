@@ -99,6 +99,14 @@ def rows_that_were_spread() -> None:
         run(program, "eoi", Sizes(40, 2, 3, 32, 32), block=32, routing="holes", spread=True, persistent=True)
 
 
+@CASES.add(*((skip, swap) for skip in (True, False) for swap in (True, False)))
+def padding_of_gathered_rows(skip: bool, swap: bool) -> None:
+    """Zeros that nothing reads, or a row again; inputs in whole tiles and not, an expert without rows."""
+    for program, hidden, persistent in ((HALVES, 32, True), (BIASED, 41, False), (APART, 20, True)):
+        sizes = Sizes(21, 2, 3, hidden, 24)
+        run(program, "eoi", sizes, block=32, routing="holes", depth=16, skip=skip, swap=swap, persistent=persistent)
+
+
 ADDED = "mm(1, gelu(cols(mm(0, x) + b(0), 0, {j}, 2)) * (cols(mm(0, x) + b(0), 1, {j}, 2) + 1.0) * w)"
 GATE, UP = (f"cols(mm(0, x), {at}, {{j}}, 2) + cols(b(0), {at}, {{j}}, 2)" for at in (0, 1))
 BOTH = f"mm(1, clamp({GATE}, None, 1.0) * ({UP})) + b(1)"

@@ -112,6 +112,8 @@ def _block_rows(shape: Shape) -> int:
 
 FEW_EXPERTS = 16
 SPREAD_WIDTH = 2048  # columns from which sorting the rows first costs less than gathering them again for each tile of columns
+SPREAD_ROWS = 192  # rows an expert from which it does: with fewer, much of a block is padding, which a gather leaves out
+SKIP_ROWS = 768  # rows an expert up to which padding is left out: with more, the masks cost more
 
 
 def tiles(shape: Shape, rows: int, first: bool) -> Tiles:
@@ -127,11 +129,12 @@ def _tiles(shape: Shape, rows: int, first: bool) -> Tiles:
     elif rows == 32:
         found = Tiles(rows, 128, 128, 8, 3, swap=True, early=True) if two else Tiles(rows, 64, 128, 4, 4, swap=True, early=True)
     elif rows == 64 and shape.slots / shape.experts <= 48:
-        found = Tiles(rows, 64, 64, 4, 4, spread=first) if two else Tiles(rows, 128, 64, 4, 4, spread=first)
+        found = Tiles(rows, 64 if two else 128, 64, 4, 4, skip=first)
     else:
-        group = 1 if shape.experts <= FEW_EXPERTS and shape.slots / shape.experts <= 96 else 8  # about one block an expert
-        spread = first and rows == 128 and shape.products * shape.width > SPREAD_WIDTH
-        found = Tiles(rows, 128 if two else 256, 64, 8, 4, group, persistent=True, half=not two, spread=spread)
+        own = shape.slots / shape.experts
+        spread = first and rows == 128 and shape.products * shape.width > SPREAD_WIDTH and own > SPREAD_ROWS
+        skip = first and not spread and own <= SKIP_ROWS
+        found = Tiles(rows, 128 if two else 256, 64, 8, 4, persistent=True, half=not two, spread=spread, skip=skip)
     return _fitted(found, shape)
 
 

@@ -5,7 +5,8 @@
 Weights are read where they are (W_FROM): "tma" through a descriptor of a stacked tensor, "stack" by its strides, "table" at the addresses
 of one tensor an expert. FORM: how the columns of the products lie: "one" product; "apart", two, each by itself; "halves", the first and
 the second half of one weight's columns, by one descriptor box over its view [2E, I, IN]; "pairs", every other column of one weight.
-Rows (A_FROM): "gather" x [T, IN] through slots, "rows" sorted rows by address, "tma" sorted rows through a descriptor.
+Rows (A_FROM): "gather" x [T, IN] through slots, "rows" sorted rows by address, "tma" sorted rows through a descriptor. SKIP: padding
+that would be gathered is zeros, which nothing reads; else it repeats the first row of its block, which costs no mask.
 SWAP: weights are the M side of the tensor core's product, for blocks of few rows.
 """
 
@@ -55,13 +56,15 @@ def weight_tile(
 
 
 @triton.jit
-def row_tile(a, at, row0, k, IN, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr):
-    """[BM, BK] of the block's rows."""
+def row_tile(a, at, row0, k, IN, BK: tl.constexpr, FROM: tl.constexpr, EVEN: tl.constexpr, used=None):
+    """[BM, BK] of the block's rows. used: of which rows, the others are zero; None: of all."""
     if FROM == "tma":
         tile = a.load([row0, k])
     else:
         ks = k + tl.arange(0, BK)
-        if EVEN:
+        if used is not None:
+            tile = tl.load(at + ks[None, :], mask=used[:, None] & (EVEN | (ks[None, :] < IN)), other=0.0)
+        elif EVEN:
             tile = tl.load(at + ks[None, :])
         else:
             tile = tl.load(at + ks[None, :], mask=ks[None, :] < IN, other=0.0)
@@ -154,7 +157,7 @@ def _tile(
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
     A_FROM: tl.constexpr, W_FROM: tl.constexpr, W_TYPE: tl.constexpr, DTYPE: tl.constexpr,
     FORM: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, STORE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """Tile n of a block."""
     expert = tl.load(blocks + 2 * block)
@@ -163,8 +166,11 @@ def _tile(
     cols = tile_columns(n, WIDTH, BN)
     N: tl.constexpr = BN if (FORM == "one") | (FORM == "apart") else 2 * BN
     at = a
+    used = None
     if A_FROM == "gather":
         slot = tl.load(slots + rows)
+        if SKIP:
+            used = slot >= 0
         slot = tl.where(slot < 0, tl.load(slots + row0), slot)  # not one row for the padding of all experts: all would wait for it
         at = a + (slot // TOP_K).to(tl.int64)[:, None] * stride_a
     elif A_FROM == "rows":
@@ -187,7 +193,7 @@ def _tile(
     acc = tl.zeros([N, BM] if SWAP else [BM, N], tl.float32)
     more = acc
     for k in tl.range(0, IN, BK):
-        x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN).to(DTYPE)
+        x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN, used).to(DTYPE)
         w = weight_tile(w0, base0, wide, k, row, i0, o0, IN, W_FROM, N, BK, EVEN, TRANSPOSED, DTYPE)
         acc = dot(x, w, acc, SWAP, PRECISION)
         if FORM == "apart":
@@ -246,8 +252,8 @@ def layer_kernel(
     EPILOGUE: tl.constexpr, READS_W: tl.constexpr, BIASES: tl.constexpr, TOP_K: tl.constexpr,
     A_FROM: tl.constexpr, W_FROM: tl.constexpr, W_TYPE: tl.constexpr, DTYPE: tl.constexpr,
     FORM: tl.constexpr, TRANSPOSED: tl.constexpr, SWAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, STORE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr,
-    EARLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HALF: tl.constexpr, SKIP: tl.constexpr, GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """All tiles of a layer. Grid: `programs` (PERSISTENT), else a program for each tile that there can be; those beyond the last end.
 
@@ -267,7 +273,7 @@ def layer_kernel(
                 a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
                 e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
                 START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
-                TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
+                TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF, SKIP,
             )  # fmt: skip
     elif tl.program_id(0) < count * num_tiles:
         block, n = pick(tl.program_id(0), count, num_tiles, GROUP)
@@ -275,5 +281,5 @@ def layer_kernel(
             a, w0, w1, b0, b1, route_w, out, slots, blocks, block, n, IN, WIDTH, stride_a, stride_out,
             e0, i0, o0, e1, i1, o1, eb0, eb1, z0, z1, box0, box1, stride_z0, stride_z1, counts, firsts, ends, START0, STEP0,
             START1, STEP1, BSTART0, BSTEP0, BSTART1, BSTEP1, EPILOGUE, READS_W, BIASES, TOP_K, A_FROM, W_FROM, W_TYPE, DTYPE, FORM,
-            TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF,
+            TRANSPOSED, SWAP, EVEN, PRECISION, STORE, BM, BN, BK, HALF, SKIP,
         )  # fmt: skip

@@ -127,8 +127,8 @@ def _launch(
         A_FROM="gather" if gather else "tma" if described else "rows", W_FROM=w.source,
         W_TYPE=type_of(w.dtype), DTYPE=multiplied(layer.operand, rows.device), FORM=w.form, TRANSPOSED=w.transposed, SWAP=t.swap,
         EVEN=rows.shape[1] % t.depth == 0, PRECISION=PRECISION.get(layer.operand, "tf32"), STORE="tma" if stored else "ptr",
-        BM=t.rows, BN=t.cols, BK=t.depth, HALF=t.half and stored, GROUP=t.group, PERSISTENT=t.persistent, num_warps=t.warps,
-        num_stages=t.stages, EARLY=early, **({"launch_pdl": True} if early else {}),
+        BM=t.rows, BN=t.cols, BK=t.depth, HALF=t.half and stored, SKIP=t.skip, GROUP=t.group, PERSISTENT=t.persistent,
+        num_warps=t.warps, num_stages=t.stages, EARLY=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ class Tiles:
 
     swap: weights are the tensor core's M side. persistent: a program for each multiprocessor. half: the result is stored in two boxes.
     spread: rows are copied into sorted order before, so that a descriptor can read them. described: weights are read by descriptors where
-    they can be. early: the kernel is launched while the one before it runs (programmatic dependent launch).
+    they can be. early: the kernel is launched while the one before it runs (programmatic dependent launch). skip: padding of
+    gathered rows is not read.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class Tiles:
     spread: bool = False
     described: bool = True
     early: bool = False
+    skip: bool = False
 
 
 @dataclass(frozen=True)
