@@ -96,7 +96,7 @@ class Emitter:
         if e.op == "stop":
             return self.method("detach", self.matrix(a[0], columns))
         if e.op == "clamp":
-            return self.call(torch.clamp, self.matrix(a[0], columns), a[1], a[2])
+            return self.call(torch.clamp, self.matrix(a[0], columns), a[1], self._size(a[2].args[0]) if isinstance(a[2], Expr) else a[2])
         if e.op == "sum":
             self._only_rows(e)
             return self.call(torch.sum, self.matrix(a[1], (a[0],)), 1, True)

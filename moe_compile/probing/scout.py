@@ -108,6 +108,7 @@ class _Scout(TorchFunctionMode):
                 name in _ASKS
                 or (name in _SIZES and id(args[0]) in self.rows)
                 or (name in ("__iter__", "unbind") and id(args[0]) in self.rows)
+                or (name == "__getitem__" and id(args[0]) in self.rows and _cuts(args[1]))
             ):
                 self._note(sure=True)
             elif name in _MAY_ASK or (name == "__getitem__" and _by_tensors(args[1])):
@@ -170,6 +171,12 @@ class _Scout(TorchFunctionMode):
 
 def _is_users(m: nn.Module) -> bool:
     return type(m).__module__.partition(".")[0] != "torch"
+
+
+def _cuts(index: Any) -> bool:
+    """[:n] or [n:] of rows: Dynamo captures it, as a size that says nothing of which rows these are; a recording says that."""
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, slice) and (first.start not in (None, 0) or first.stop is not None)
 
 
 def _by_tensors(index: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from .expr import BINDERS, ONE, ZERO, Enum, Expr, Order, Refused, Segment, Var, alpha, const, factors, is_const, raw
 from .index import below, bounds, digits, idiv, inside, inv, is_bool, is_int, mix, mod, perm, sel
-from .sizes import prod, quotient
+from .sizes import at_most, prod, quotient
 
 # Pointwise functions with f(0) = 0: they pass through Iverson brackets and through sums with at most one non-zero term.
 ZERO_AT_ZERO = {
@@ -41,6 +41,9 @@ def add(*args: Expr) -> Expr:
         return flat[0] if flat else ZERO
     if all(map(is_const, flat)):
         return const(sum(a.args[0] for a in flat))
+    whole = [x for x in flat if is_const(x) and isinstance(x.args[0], int)]
+    if len(whole) > 1:
+        return add(*[x for x in flat if x not in whole], const(sum(x.args[0] for x in flat if x in whole)))
     return raw("add", *flat)
 
 
@@ -139,8 +142,12 @@ def eq(a: Expr, b: Expr) -> Expr:
         return eq(a.args[-1], b.args[-1])
     if a.op == b.op == "mix" and a.args[1::2] == b.args[1::2] and _fits(a) and _fits(b):  # digits of one number system
         return mul(*map(eq, a.args[::2], b.args[::2]))
-    if is_const(a):
+    if (taken := _where_taken(a, b) or _where_taken(b, a)) is not None:
+        return taken
+    if is_const(a) or a.op == "size":
         a, b = b, a
+    if b.op == "size" and (r := bounds(a)) and at_most(r[1], b.args[0]):
+        return ZERO
     if is_const(b):
         if is_const(a):
             return const(int(a.args[0] == b.args[0]))
@@ -153,6 +160,16 @@ def eq(a: Expr, b: Expr) -> Expr:
             c = b.args[0]
             return mul(eq(a.args[0], const(c // n)), eq(mix(*a.args[2:]), const(c % n)))
     return raw("eq", a, b)
+
+
+def _where_taken(a: Expr, b: Expr) -> Expr | None:
+    """[where(c, x, y) = b], where b is never x, or never y."""
+    if a.op != "where":
+        return None
+    c, first, second = a.args[0], eq(a.args[1], b), eq(a.args[2], b)
+    if is_const(second, 0):
+        return mul(c, first)
+    return mul(negate(c), second) if is_const(first, 0) else None
 
 
 def _slots_of_one_token(a: Expr, b: Expr) -> bool:
@@ -175,6 +192,10 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         return a if is_const(b, 0) and zero_or_one(a) else _nonzero(a) if is_const(b, 0) else negate(eq(a, b))
     if op == "gt" and is_const(b, 0) and zero_or_one(a):
         return a
+    if (is_const(b) or b.op == "size") and (taken := _compared_cases(op, a, b)) is not None:
+        return taken
+    if a.op == b.op == "size" and op in ("lt", "ge") and at_most(b.args[0], a.args[0]):
+        return const(int(op == "ge"))
     if is_const(b) and (r := bounds(a)) and isinstance(r[1], int):
         c, lo, hi = b.args[0], r[0], r[1] - 1
         if {"lt": hi < c, "le": hi <= c, "gt": lo > c, "ge": lo >= c}[op]:
@@ -182,6 +203,28 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
         if {"lt": lo >= c, "le": lo > c, "gt": hi <= c, "ge": hi < c}[op]:
             return ZERO
     return raw(op, a, b)
+
+
+def _compared_cases(op: str, a: Expr, b: Expr) -> Expr | None:
+    """where(c, x, y) compared with a number that decides it for x or for y; [c] n - 1 is where(c, n - 1, -1)."""
+    if a.op != "where" and (a := _masked_number(a)) is None:
+        return None
+    c, first, second = a.args[0], compare(op, a.args[1], b), compare(op, a.args[2], b)
+    if is_const(second):
+        return negate(mul(c, negate(first))) if second.args[0] else mul(c, first)
+    if is_const(first):
+        return negate(mul(negate(c), negate(second))) if first.args[0] else mul(negate(c), second)
+    return None
+
+
+def _masked_number(a: Expr) -> Expr | None:
+    """[c] n + number, n no test itself, as where(c, n + number, number)."""
+    parts = [t for t in (a.args if a.op == "add" else (a,)) if not is_const(t)]
+    if len(parts) != 1 or parts[0].op != "mul" or is_bool(parts[0]) or not (cs := [f for f in parts[0].args if is_bool(f)]):
+        return None
+    rest = mul(*[f for f in parts[0].args if not is_bool(f)])
+    numbers = [t for t in a.args if is_const(t)] if a.op == "add" else []
+    return raw("where", mul(*cs), add(rest, *numbers), add(*numbers)) if is_int(rest) else None
 
 
 def _nonzero(a: Expr) -> Expr:

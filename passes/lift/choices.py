@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .algebra import mul, replace, subst
 from .expr import Expr, Refused, Var, alpha, factors, raw
 from .index import sel
+from .merge import select
 from .normal import num_ids, used_ids
 
 
@@ -17,8 +18,13 @@ def side_by_side(terms: Sequence[Expr], rows: Sequence[Var]) -> Expr:
     if any(num_ids(p.ids) != num_ids(first.ids) or p.experts_key() != first.experts_key() for p in parts):
         raise Refused("several sums over experts are added")
     k = Var(len(parts))
-    experts = subst(first.experts, {first.index: sel(k, *[p.ids for p in parts])})
+    experts = subst(first.experts, {first.index: _id_of(k, [p.ids for p in parts])})
     return raw("sum", k, raw("mul", sel(k, *[p.weight for p in parts]), experts))
+
+
+def _id_of(k: Var, ids: list[Expr]) -> Expr:
+    """The k-th id: a column of their tensor, where all of them are."""
+    return (select if len({e.args[0] for e in ids}) == 1 else sel)(k, *ids)
 
 
 class _Choice:

@@ -21,6 +21,10 @@ def is_int(e: Expr) -> bool:
         return isinstance(e.args[0], int) or float(e.args[0]).is_integer()
     if e.op == "load":
         return e.args[0].integer
+    if e.op == "clamp":
+        low, high = e.args[1:]
+        limits = (low is None or isinstance(low, int)) and (high is None or isinstance(high, int | Expr))
+        return limits and is_int(e.args[0])
     if e.op in ("add", "mul", "sum", "floor", "where", "sel"):
         return all(is_int(a) for a in e.args[(e.op in ("sum", "sel")) :])
     return e.op in BOOL or e.op in INDEX

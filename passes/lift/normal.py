@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .algebra import add, compare, distinct_slots, mul, refresh, replace, slot_test, subst
+from .algebra import add, compare, distinct_slots, mul, refresh, replace, slot_test, subst, where
 from .expr import ONE, ZERO, Expr, Refused, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
 from .index import bounds, inside, is_int, sel
 from .merge import Merger, select
@@ -180,8 +181,18 @@ def sum_slots(sums: list[Expr], rows: Sequence[Var]) -> Expr:
     slots = [_slot(s, m, rows) for s, m in zip(sums, merged)]
     if any(s is None for s in slots) or len({s[0] for s in slots if s}) > 1:
         return side_by_side(merged, rows)
-    k = Var(len(sums))
     parts = tuple(m for _, m in sorted(zip(slots, merged), key=lambda both: both[0][1]))  # type: ignore[index]
+    try:
+        return _numbered(parts)
+    except Refused as e:
+        with contextlib.suppress(Refused):  # the slots may differ in their weights only
+            return side_by_side(parts, rows)
+        raise e from None
+
+
+def _numbered(parts: tuple[Expr, ...]) -> Expr:
+    """The slots' terms as one expression of the slot's number."""
+    k = Var(len(parts))
     found = Merger(k).merge(parts)
     if any(len(x.args[0].nodes) > 1 and k in x.args[1:] for x in loads(found)):
         raise Refused("several sums over experts are added, each of them of an expert of its own (as where experts choose tokens)")
@@ -267,7 +278,7 @@ def fold_where(e: Expr) -> Expr | None:
     """where([id=E-1], a, where([id=E-2], b, ...)) covering every id  ->  sel(id, ...).
 
     Where a test has more factors, [id=E-1] [kept], the others count where it fails, and as their ids differ that is what stands at the
-    end of the chain: only zero there leaves the row to its expert alone.
+    end of the chain.
     """
     arms: dict[int, Expr] = {}
     key: Expr | None = None
@@ -291,9 +302,7 @@ def fold_where(e: Expr) -> Expr | None:
         e = nxt
     if key is None or set(arms) != set(range(num_ids(key))):
         return None
-    if any(not is_const(more, 1) for more in kept.values()) and not is_const(e, 0):
-        return None
-    return sel(key, *[mul(kept[i], arms[i]) for i in range(len(arms))])
+    return sel(key, *[where(kept[i], arms[i], e) for i in range(len(arms))])
 
 
 def _one_arm(e: Expr, key: Expr | None) -> Expr | None:

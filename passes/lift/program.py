@@ -107,7 +107,7 @@ class Builder:
             return f"{'gelu_tanh' if a[1] == 'tanh' else 'gelu'}({self.vec(a[0], feat)})"
         if e.op == "cast":
             return f"cast({self.vec(a[0], feat)}, {dtype_name(a[1])!r})"
-        if e.op == "clamp":
+        if e.op == "clamp" and not isinstance(a[2], Expr):
             return f"clamp({self.vec(a[0], feat)}, {number(a[1])}, {number(a[2])})"
         if e.op in ("pow", "leaky_relu", "elu") and is_const(a[1]):
             return f"{e.op}({self.vec(a[0], feat)}, {number(a[1].args[0])})"

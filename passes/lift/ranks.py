@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from .algebra import add, compare, eq, mul, negate, rebuild, refresh, replace, subst, sum_
-from .expr import BINDERS, ONE, ZERO, Expr, Rank, Var, alpha, factors, is_const, loads, raw, terms
-from .index import bounds, digits, inside, is_bool, is_int, mix, pairs
-from .sizes import Size, at_most, prod
-
-Facts = frozenset[Expr]
+from .expr import BINDERS, ONE, ZERO, Expr, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
+from .index import digits, inside, is_bool, is_int, mix, pairs
+from .positions import Facts, below, clamps_nothing, counts, decided, digit, indices, least, mask_at, orderings, same_row, within
+from .sizes import prod
 
 
 def collapse(e: Expr) -> Expr:
@@ -30,6 +28,24 @@ def collapse(e: Expr) -> Expr:
         return _under(e, frozenset())
     finally:
         _done.clear()
+
+
+_FEW = 8  # slots
+
+
+def slot_by_slot(e: Expr) -> Expr:
+    """sum_k sel(k, a, b) c  ->  a c + b c: choices whose positions were computed one by one, then stacked."""
+    if not counted(e):
+        return e
+    if e.op == "sum" and isinstance(e.args[0].size, int) and e.args[0].size <= _FEW and _stacked(*e.args):
+        v, body = e.args
+        return slot_by_slot(add(*[subst(body, {v: const(i)}) for i in range(v.size)]))
+    parts = [slot_by_slot(a) if isinstance(a, Expr) else a for a in e.args]
+    return rebuild(e.op, parts) if any(a is not b for a, b in zip(parts, e.args)) else e
+
+
+def _stacked(v: Var, body: Expr) -> bool:
+    return any(f.op == "sel" and f.args[0] is v and counted(f) for f in subexprs(body))
 
 
 _done: dict[tuple[Expr, Facts], Expr] = {}  # within one `collapse`: terms are shared, so each comes up many times
@@ -57,15 +73,35 @@ def _simplified(e: Expr, known: Facts) -> Expr:
             return ZERO
         if e.op == "not" and e.args[0].op == "eq" and is_const(e.args[0].args[1], 0) and e.args[0].args[0].op == "add":
             return compare("ne", _under(e.args[0].args[0], known), ZERO)  # of several terms, all but one may be zero here
+        if (found := _buffers_test(e, known)) is not None:
+            return found
     if e.op == "mul":
         return _product(list(e.args), known)
     if e.op == "sum":
         return _nest(e, known)
     if e.op in BINDERS and isinstance(e.args[0], Var):
         known = _without(known, [e.args[0]])
-    if e.op == "clamp" and _clamps_nothing(inner := _under(e.args[0], known), e.args[1], e.args[2], known):
+    if e.op == "clamp" and clamps_nothing(inner := _under(e.args[0], known), e.args[1], e.args[2], known):
         return inner
+    return digit(_parts(e, known), known)
+
+
+def _parts(e: Expr, known: Facts) -> Expr:
+    if e.op == "where":  # each branch where it is taken
+        c, a, b = e.args
+        c, then, other = _under(c, known), known.union(factors(c)), known | {negate(c)}
+        return rebuild("where", [c, _under(a, then), _under(b, other)])
     return rebuild(e.op, [_under(a, known) if isinstance(a, Expr) else a for a in e.args])
+
+
+def _buffers_test(e: Expr, known: Facts) -> Expr | None:
+    """A test of a buffer's row, expert * C + position: one of both, or one that always holds or never."""
+    parts = _parts(e, known) if e.op in ("eq", "lt", "le", "gt", "ge") and counted(e) else e
+    if parts.op == "eq" and (both := same_row(*parts.args, known)) is not None:
+        return _under(both, known)
+    if parts.op in ("lt", "le", "gt", "ge") and (holds := decided(parts, known)) is not None:
+        return ONE if holds else ZERO
+    return None
 
 
 def _among(e: Expr, known: Facts) -> bool:
@@ -162,16 +198,27 @@ def _solved(body: Expr, vs: list[Var], known: Facts) -> Expr | None:
     for f in fs:
         others = [g for g in fs if g is not f]
         facts = known.union(*(factors(g) for g in others if is_bool(g)))
-        for a, b in (f.args, f.args[::-1]) if f.op == "eq" else ():
+        for a, b in _sides(f) if f.op == "eq" else ():
             if (slot := _same_slot(a, b, vs, facts)) is not None:
                 vs.remove(a.args[-1])
                 return subst(mul(*others), {a.args[-1]: slot})
-            if a in vs and a not in b.free and _within(b, a.size, facts):
+            if a in vs and a not in b.free and (within(b, a.size, facts) or within(_under(b, facts), a.size, facts)):
                 vs.remove(a)
                 return subst(mul(*others), {a: b})
             if a.free & set(vs) and not b.free & set(vs) and (places := _same_place(a, b, facts, set(vs))) is not None:
                 return mul(*places, *others)
     return None
+
+
+def _sides(f: Expr) -> list[tuple[Expr, Expr]]:
+    """Both ways to read an equation, and x - 1 = v for x = v + 1."""
+    sides = [(f.args[0], f.args[1]), (f.args[1], f.args[0])]
+    for a, b in sides[:]:
+        variables = [t for t in terms(a) if isinstance(t, Var)]
+        others = [t for t in terms(a) if not isinstance(t, Var)]
+        if len(variables) == 1 and others and all(is_const(t) and is_int(t) for t in others):
+            sides.append((variables[0], add(b, *[const(-t.args[0]) for t in others])))
+    return sides
 
 
 def _same_slot(a: Expr, b: Expr, vs: list[Var], facts: Facts) -> Expr | None:
@@ -191,7 +238,7 @@ def _same_place(a: Expr, b: Expr, facts: Facts, vs: set[Var]) -> list[Expr] | No
     a, b = _under(replace(a, table) if table else a, facts), _under(b, facts)
     left, right = Counter(terms(a)), Counter(terms(b))
     ours, theirs = list((left - right).elements()), list((right - left).elements())
-    if len(ours) != 1 or len(theirs) != 1 or not (_counts(ours[0], facts) and _counts(theirs[0], facts)):
+    if len(ours) != 1 or len(theirs) != 1 or not (counts(ours[0], facts) and counts(theirs[0], facts)):
         return None
     x, y = ours[0], theirs[0]
     along = x.args[0].rank.along + 1
@@ -252,7 +299,7 @@ def _behind(a: Expr, b: Expr, facts: Facts) -> bool:
         return False
     theirs.remove(found)
     numbers = [sum(t.args[0] for t in terms(x) if is_const(t)) for x in (a, b)]
-    return _least(add(*theirs), facts) + numbers[1] - numbers[0] > 0
+    return least(add(*theirs), facts) + numbers[1] - numbers[0] > 0
 
 
 def _reaches(total: Expr, count: Expr, facts: Facts) -> bool:
@@ -266,108 +313,30 @@ def _reaches(total: Expr, count: Expr, facts: Facts) -> bool:
     before = [v.fresh() for v in what.over]
     place = mix(*[x for v in before for x in (v, v.size)])
     earlier = raw("load", *count.args[:along], place, *count.args[along + 1 :])
-    at = {**_indices(what.dims, total.args[1:]), **dict(zip(what.over, before))}
-    left = _under(subst(what.mask, at), frozenset(factors(_mask_at(earlier))))
+    at = {**indices(what.dims, total.args[1:]), **dict(zip(what.over, before))}
+    left = _under(subst(what.mask, at), frozenset(factors(mask_at(earlier))))
     here = dict(zip(before, digits(count.args[along], [v.size for v in before])))
     return all(_limits(f, earlier, set(before)) and _is_below(subst(f, here), facts) for f in factors(left) if not is_const(f, 1))
 
 
 def _limits(test: Expr, count: Expr, places: set[Var]) -> bool:
-    """count + number < limit, the limit the same for all places."""
-    return any(_constant(small, count) is not None and not large.free & places for _, small, large in _orderings(test))
+    """count + more < limit, the limit and what is added the same for all places."""
+    for _, small, large in orderings(test):
+        others = [t for t in terms(small) if t is not count]
+        if len(others) == len(terms(small)) - 1 and not any(e.free & places for e in (large, *others)):
+            return True
+    return False
 
 
 def _is_below(test: Expr, facts: Facts) -> bool:
     """Does a fact say so, or that it is even less?"""
     if test in facts or is_const(test, 1):
         return True
-    for op, small, large in _orderings(test):
+    for op, small, large in orderings(test):
         limit = large.args[0] if is_const(large) or large.op == "size" else None
-        if limit is not None and any(_below(f, small, limit + (op == "le")) for f in facts):
+        if limit is not None and any(below(f, small, limit + int(op == "le")) for f in facts):
             return True
     return False
 
 
-# ---------------------------------------------------------------- what is known of a running count
-def _counts(e: Expr, facts: Facts) -> bool:
-    """Is e a running count at a place where its mask holds?"""
-    return e.op == "load" and e.args[0].rank is not None and all(_holds(f, facts) for f in factors(_mask_at(e)))
-
-
-def _mask_at(count: Expr) -> Expr:
-    rank: Rank = count.args[0].rank
-    return subst(rank.mask, _indices(rank.dims, count.args[1:]))
-
-
-def _indices(dims: tuple[tuple[Var, ...], ...], at: tuple[Expr, ...]) -> dict[Var, Expr]:
-    """The variables of dimensions, where these are indexed so."""
-    found: dict[Var, Expr] = {}
-    for dim, i in zip(dims, at):
-        if dim:
-            found.update(zip(dim, digits(i, [v.size for v in dim])))
-    return found
-
-
-def _holds(f: Expr, facts: Facts) -> bool:
-    """A test, or sum_k of a test with one k at most, that one of the facts is an instance of."""
-    if is_const(f, 1) or f in facts:
-        return True
-    if f.op != "sum":
-        return False
-    v, body = f.args
-    places = {x.args[-1] for fact in facts for x in loads(fact) if x.args[0].range is not None and len(x.args) > 1}
-    return any(inside(k, v.size) and all(g in facts for g in factors(subst(body, {v: k}))) for k in places)
-
-
-def _within(e: Expr, n: Size, facts: Facts) -> bool:
-    """Is 0 <= e < n where the facts hold?"""
-    if inside(e, n):
-        return True
-    e = _under(e, facts)
-    return inside(e, n) or (_least(e, facts) >= 0 and any(_below(f, e, n) for f in facts))
-
-
-def _clamps_nothing(e: Expr, low: Any, high: Any, facts: Facts) -> bool:
-    """Is an integer known to lie within the limits?"""
-    if not is_int(e) or not all(limit is None or isinstance(limit, int) for limit in (low, high)):
-        return False
-    return (low is None or _least(e, facts) >= low) and (high is None or any(_below(f, e, high + 1) for f in facts))
-
-
-def _least(e: Expr, facts: Facts) -> float:
-    """A lower bound of a sum."""
-    total = 0.0
-    for t in terms(e):
-        known = (0, None) if t.op == "load" and t.args[0].total is not None else bounds(t)
-        total += 1 if _counts(t, facts) else known[0] if known is not None else float("-inf")
-    return total
-
-
-def _below(f: Expr, e: Expr, n: Size) -> bool:
-    """Does a comparison say that e < n?"""
-    for op, small, large in _orderings(f):
-        offset = _constant(e, small)
-        limit = large.args[0] if is_const(large) or large.op == "size" else None
-        if offset is not None and limit is not None and at_most(limit + offset + (op == "le"), n):
-            return True
-    return False
-
-
-def _orderings(f: Expr) -> list[tuple[str, Expr, Expr]]:
-    """A comparison as `small lt|le large`."""
-    opposite = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
-    if f.op == "not" and f.args[0].op in opposite:
-        f = raw(opposite[f.args[0].op], *f.args[0].args)
-    if f.op in ("lt", "le"):
-        return [(f.op, *f.args)]
-    return [({"gt": "lt", "ge": "le"}[f.op], *f.args[::-1])] if f.op in ("gt", "ge") else []
-
-
-def _constant(e: Expr, other: Expr) -> int | None:
-    """e - other, where they differ in a constant only."""
-    mine, theirs = (Counter(t for t in terms(x) if not is_const(t)) for x in (e, other))
-    numbers = [sum(t.args[0] for t in terms(x) if is_const(t)) for x in (e, other)]
-    return numbers[0] - numbers[1] if mine == theirs and all(float(c).is_integer() for c in numbers) else None
-
-
-__all__ = ["collapse", "counted"]
+__all__ = ["collapse", "counted", "slot_by_slot"]

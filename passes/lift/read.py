@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from .algebra import mul, refresh
+from .beside import apart
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
 from .index import inside
 from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, spread, sum_slots, used_ids
 from .program import Builder, Param
-from .ranks import collapse, counted
+from .ranks import collapse, counted, slot_by_slot
 from .sizes import prod, quotient
 from .value import Value
 
@@ -90,8 +91,9 @@ _MACHINES = {
 def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
     value = _split_rows(value)
     rows = _rows(value)
-    expr, rest = _one_term(collapse(value.expr), rows, first)
-    expr = collapse(merge_selects(expr))
+    expr, rest = _one_term(collapse(slot_by_slot(value.expr)), rows, first)
+    expr, others = apart(collapse(merge_selects(expr)), rows)
+    rest = rest + others
     if bad := leftovers(expr):
         if not used_ids(expr, rows):
             raise Refused(NOTHING_SUMMED)

@@ -77,4 +77,12 @@ def at_most(a: Size, b: Size) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a <= b
     q = quotient(b, a)
-    return isinstance(q, int) and q >= 1
+    return (isinstance(q, int) and q >= 1) or _not_negative(b, a)
+
+
+@functools.lru_cache(maxsize=65536)
+def _not_negative(a: Size, b: Size) -> bool:
+    """Is a - b >= 0, as far as sympy knows from the symbols being extents?"""
+    import sympy
+
+    return sympy.expand(a - b).is_nonnegative is True

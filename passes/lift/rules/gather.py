@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ..algebra import subst
 from ..expr import ZERO, Enum, Refused, raw
-from ..index import digits, inside
+from ..index import digits
 from ..sizes import at_most
 from ..value import Value, broadcast
 from ._base import dim_of, rule
-from .mask import enumerate_, expand_masks, where_hit
+from .mask import enumerate_, expand_masks, in_rows, where_hit
 
 
 @rule("index.Tensor")
@@ -24,7 +24,7 @@ def gather_rows(x: Value, idx: list) -> Value:
         x = x.renamed()
     table: dict = {}
     for i, e in zip(used, es):
-        if not inside(e, x.extent(i)):
+        if not in_rows(e, x.extent(i)):
             raise Refused("a gather by an index whose range is not known")
         if x.dims[i]:
             table.update(zip(x.dims[i], digits(e, x.sizes(i))))
@@ -62,7 +62,7 @@ def _gather(it, node, x: Value, d, idx: Value, **k):
         if not dim:
             continue
         e = idx.expr if i == d else idx.index(i) if idx.dims[i] else ZERO
-        if not (i != d and None in x.sizes(i)) and not inside(e, x.extent(i)):
+        if not (i != d and None in x.sizes(i)) and not in_rows(e, x.extent(i)):
             raise Refused("a gather by an index whose range is not known")
         table.update(zip(dim, digits(e, x.sizes(i))))
     return Value(idx.dims, subst(x.expr, table))

@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from ..algebra import compare, replace, subst
 from ..expr import ONE, ZERO, Enum, Expr, Refused, Var, factors, is_const, raw
-from ..index import digits, is_bool, sel
+from ..index import digits, inside, is_bool, sel
+from ..positions import Facts, within
+from ..sizes import Size
 from ..value import Value
 from ._base import rule
 
@@ -21,14 +23,29 @@ def enumerate_(mask: Value) -> Var:
     return Var(None, Enum(tuple(tuple(t[v] for v in d) for d in mask.dims), subst(mask.expr, t)))
 
 
+def conditions(e: Expr) -> Facts:
+    """What holds in each of the rows, found by masks, that e is an expression of."""
+    rows = [v for v in e.free if isinstance(v.domain, Enum)]
+    return frozenset(f for r in rows for f in _tests(r))
+
+
+def in_rows(e: Expr, n: Size) -> bool:
+    """Is e an index of n rows?"""
+    return inside(e, n) or within(e, n, conditions(e))
+
+
 def where_hit(e: Expr, r: Var) -> Expr:
     """e over the rows r of a mask: the mask itself holds in each of them."""
+    tests = _tests(r)
+    return replace(e, dict.fromkeys(tests, ONE)) if tests else e
+
+
+def _tests(r: Var) -> list[Expr]:
     at: dict[Var, Expr] = {}
     for j, d in enumerate(r.domain.dims):
         if d:
             at.update(zip(d, digits(raw("coord", r, j), [v.size for v in d])))
-    tests = [f for f in factors(subst(r.domain.cond, at)) if is_bool(f) and not is_const(f)]
-    return replace(e, dict.fromkeys(tests, ONE)) if tests else e
+    return [f for f in factors(subst(r.domain.cond, at)) if is_bool(f) and not is_const(f)]
 
 
 def expand_masks(idx: Sequence[Value | None], nodes: Sequence[Node | None]) -> list[Value | None]:

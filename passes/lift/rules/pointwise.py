@@ -185,13 +185,22 @@ def _clamp(it, node, x: Value, *limits: Any, **kw: Any):
     """One rule for the three spellings; a clamp that the known range satisfies is nothing."""
     names = {"clamp_min": ["min"], "clamp_max": ["max"]}.get(node.target.overloadpacket.__name__, ["min", "max"])
     given = {**dict(zip(names, limits)), **kw}
-    lo, hi = given.get("min"), given.get("max")
-    if isinstance(lo, Value) or isinstance(hi, Value):
+    lo, hi = (_limit(given.get(end)) for end in ("min", "max"))
+    if isinstance(lo, Value | Expr) or isinstance(hi, Value):
         raise Refused("clamp by a tensor")
+    if isinstance(hi, Expr):
+        return Value(x.dims, raw("clamp", x.expr, lo, hi))
     b = bounds(x.expr)
     if b and (lo is None or b[0] >= lo) and (hi is None or (isinstance(b[1], int) and b[1] - 1 <= hi)):
         return x
     return Value(x.dims, raw("clamp", x.expr, lo, hi))
+
+
+def _limit(limit: Any) -> Any:
+    """A number, or the extent that an upper limit is made of."""
+    if isinstance(limit, Value) and not limit.dims and limit.expr.op in ("const", "size"):
+        return limit.expr.args[0] if limit.expr.op == "const" else limit.expr
+    return limit
 
 
 @rule("masked_fill.Scalar", "masked_fill.Tensor")

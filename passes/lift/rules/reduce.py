@@ -153,7 +153,9 @@ def _add(it, node, a, b, **kw):
     """A count in all that is added to a running count stays a tensor, too: second choices stand behind all first ones."""
     from .pointwise import added
 
-    if _reads_count(a):
+    if _limited(a) or _limited(b):  # a third choice stands behind the counts of both others
+        a, b = _in_all(it, node.args[0], a), _in_all(it, node.args[1], b)
+    elif _reads_count(a):
         b = _in_all(it, node.args[1], b)
     elif _reads_count(b):
         a = _in_all(it, node.args[0], a)
@@ -162,6 +164,13 @@ def _add(it, node, a, b, **kw):
 
 def _reads_count(x) -> bool:
     return isinstance(x, Value) and any(y.args[0].rank is not None for t in terms(x.expr) for f in factors(t) for y in loads(f))
+
+
+def _limited(x) -> bool:
+    """Is it a count in all of tests for room?"""
+    return (
+        isinstance(x, Value) and (parts := _counted_in_all(x.expr)) is not None and any(y.args[0].rank is not None for y in loads(parts[1]))
+    )
 
 
 def _in_all(it, node, x) -> Value:

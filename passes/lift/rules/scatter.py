@@ -6,13 +6,14 @@ from typing import Any
 
 from ..algebra import add, eq, mul, replace, same_rows, scat, subst, sum_, where
 from ..expr import ONE, ZERO, Expr, Refused, Segment, Var, const, factors, is_const, raw, terms
-from ..index import bounds, count, digits, inside, inv, is_bool, perm
+from ..index import bounds, count, digits, inv, is_bool, perm
 from ..sizes import Size, prod
 from ..value import Value, broadcast, common, index_of, onto, same_domain
 from ._base import dim_of, fixed, rule
-from .mask import enumerate_, expand_masks
+from .mask import enumerate_, expand_masks, in_rows
 from .reduce import counted
 from .segments import between, key_at
+from .written import aligned, goes_to_rows_of_its_own, marked
 
 
 def scatter_sum(base: Value, d: int, idx: Value, src: Value) -> tuple[Value, Expr]:
@@ -25,7 +26,7 @@ def scatter_sum(base: Value, d: int, idx: Value, src: Value) -> tuple[Value, Exp
         sizes = common(out.sizes(i), s.sizes(i)) if out.dims[i] else ()
         out, s = out.refine(i, sizes), s.refine(i, sizes)
     i_expr = onto(_idx_over(idx, s, d), s.dims)
-    if not inside(i_expr, out.extent(d)):
+    if not in_rows(i_expr, out.extent(d)):
         raise Refused("a scatter by an index whose range is not known")
     rows = [v.fresh() for v in s.dims[d]]
     table = dict(zip(s.dims[d], rows))
@@ -146,7 +147,7 @@ def _flatten_indexed(base: Value, idx: list) -> tuple[Value, Value]:
     from ..index import mix
 
     dims, es = broadcast(*idx)
-    if not all(inside(e, base.extent(i)) for i, e in enumerate(es)):
+    if not all(in_rows(e, base.extent(i)) for i, e in enumerate(es)):
         raise Refused("a scatter by an index whose range is not known")
     flat = mix(*[x for i, e in enumerate(es) for x in (e, base.extent(i))])
     merged = tuple(v for d in base.dims[: len(idx)] for v in d)
@@ -167,6 +168,10 @@ def _unflatten(node, x: Value) -> Value:
 def overwrite_rows(base: Value, idx: Value, vals: Value) -> Value:
     """base[idx] = vals, where idx is proved to be injective."""
     e = idx.expr
+    if (others := goes_to_rows_of_its_own(base, idx)) is not None:
+        idx, vals = aligned(idx, vals)
+        out, written = scatter_sum(base, 0, idx, vals)
+        return marked(Value(out.dims, written), others)
     if len(idx.dims[0]) != 1:
         raise Refused("rows are overwritten by an index over several variables")
     (r,) = idx.dims[0]

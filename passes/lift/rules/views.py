@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from ..algebra import subst
+from collections.abc import Sequence
+
+from ..algebra import compare, sub, subst, where
 from ..expr import ONE, ZERO, Expr, Refused, Var, const, is_const, raw
 from ..index import below, inside, mix, sel
+from ..ranks import counted
 from ..sizes import Size, prod, quotient
 from ..value import Value, broadcast, common
 from ._base import RULES, dim_of, fixed, out_shape, rule
@@ -227,7 +230,7 @@ def _cat(it, node, xs, d=0):
     if None in sizes:
         raise Refused("a cat along a data-dependent dimension")
     if len(set(sizes)) > 1:
-        return cat_offsets(xs, d, sizes)
+        return cat_parts(xs, d, sizes) if any(counted(x.expr) for x in xs) else cat_offsets(xs, d, sizes)
     which = Var(len(xs))
     parts = [Value((*x.dims[:d], (), *x.dims[d + 1 :]), x.expr) for x in xs] if sizes[0] == 1 else xs
     dims, es = broadcast(*parts)
@@ -242,6 +245,30 @@ def _cat_rows(xs: list[Value], d: int, domains: list):
     if all(isinstance(s, Enum) and s.parent for s in domains):
         return cat_rows(xs, d, domains)
     raise Refused("a cat of data-dependent rows that are not the experts' segments")
+
+
+def cat_parts(xs: list[Value], d: int, sizes: list[Size]) -> Value:
+    """cat([rows of the experts' buffers, a row of zeros]): which part an index is in is compared with where the parts end."""
+    p = Var(_plus(sizes))
+    end: Size = 0
+    parts = []
+    for x, n in zip(xs, sizes):
+        e = x.at(d, sub(p, _as_expr(end)))
+        end = _plus([end, n])
+        parts.append((end, Value((*x.dims[:d], (), *x.dims[d + 1 :]), e)))
+    dims, es = broadcast(*[x for _, x in parts])
+    out = es[-1]
+    for (last, _), e in reversed(list(zip(parts[:-1], es[:-1]))):
+        out = where(compare("lt", p, _as_expr(last)), e, out)
+    return Value((*dims[:d], (p,), *dims[d + 1 :]), out)
+
+
+def _plus(sizes: Sequence[Size]) -> Size:
+    return sum(sizes)
+
+
+def _as_expr(n: Size) -> Expr:
+    return const(n) if isinstance(n, int) else raw("size", n)
 
 
 def cat_offsets(xs: list[Value], d: int, sizes: list[Size]) -> Value:
