@@ -240,6 +240,8 @@ def _nonzero(a: Expr) -> Expr:
 def negate(a: Expr) -> Expr:
     if is_const(a):
         return const(int(not a.args[0]))
+    if a.op == "eq" and is_const(a.args[1], 0) and a.args[0].op == "mul" and any(map(is_bool, a.args[0].args)):
+        return _nonzero(a.args[0])
     return a.args[0] if a.op == "not" else raw("not", a)
 
 

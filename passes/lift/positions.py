@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -69,11 +70,19 @@ def least(e: Expr, facts: Facts) -> float:
 def below(f: Expr, e: Expr, n: Size) -> bool:
     """Does a comparison say that e < n?"""
     for op, small, large in orderings(f):
-        offset = constant(e, small)
-        limit = large.args[0] if is_const(large) or large.op == "size" else None
-        if offset is not None and limit is not None and at_most(limit + offset + int(op == "le"), n):
+        offset, end = constant(e, small), end_of(op, large)
+        if offset is not None and end is not None and at_most(end + offset, n):
             return True
     return False
+
+
+def end_of(op: str, limit: Expr) -> Size:
+    """The first whole number that is not lt (le) the limit; None where that is no number or extent."""
+    if limit.op == "size":
+        return limit.args[0] + int(op == "le")
+    if not is_const(limit) or not math.isfinite(limit.args[0]):
+        return None
+    return math.ceil(limit.args[0]) if op == "lt" else math.floor(limit.args[0]) + 1
 
 
 def orderings(f: Expr) -> list[tuple[str, Expr, Expr]]:
@@ -107,7 +116,7 @@ def within(e: Expr, n: Size, facts: Facts) -> bool:
         return at_most(prod(e.args[1::2]), n) and all(within(d, size, facts) for d, size in pairs(e.args))
     if e.op == "clamp":
         return _within_limits(e, n, facts)
-    if least(e, facts) >= 0 and any(below(f, e, n) for f in facts):
+    if least(e, facts) >= 0 and (((b := bounds(e)) is not None and at_most(b[1], n)) or any(below(f, e, n) for f in facts)):
         return True
     return any((b := bounds(hi)) is not None and b[0] >= 0 and at_most(prod((c, b[1])), n) for c, hi, _ in _halves(e, facts))
 
@@ -184,11 +193,10 @@ def decided(e: Expr, facts: Facts) -> bool | None:
     """Is a comparison with a limit known to hold, or not to?"""
     for test, outcome in ((e, True), (negate(e), False)):
         for op, small, large in orderings(test):
-            limit = large.args[0] if is_const(large) or large.op == "size" else None
-            if limit is not None and within(small, limit + int(op == "le"), facts):
+            if is_int(small) and (end := end_of(op, large)) is not None and within(small, end, facts):
                 return outcome
     return None
 
 
-__all__ = ["Facts", "below", "clamps_nothing", "constant", "counts", "decided", "digit", "indices", "least", "mask_at", "orderings",
-           "same_row", "split", "within"]  # fmt: skip
+__all__ = ["Facts", "below", "clamps_nothing", "constant", "counts", "decided", "digit", "end_of", "indices", "least", "mask_at",
+           "orderings", "same_row", "split", "within"]  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from .algebra import add, compare, eq, mul, negate, rebuild, refresh, replace, subst, sum_
 from .expr import BINDERS, ONE, ZERO, Expr, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
 from .index import digits, inside, is_bool, is_int, mix, pairs
-from .positions import Facts, below, clamps_nothing, counts, decided, digit, indices, least, mask_at, orderings, same_row, within
+from .positions import Facts, below, clamps_nothing, counts, decided, digit, end_of, indices, least, mask_at, orderings, same_row, within
 from .sizes import prod
 
 
@@ -333,8 +333,8 @@ def _is_below(test: Expr, facts: Facts) -> bool:
     if test in facts or is_const(test, 1):
         return True
     for op, small, large in orderings(test):
-        limit = large.args[0] if is_const(large) or large.op == "size" else None
-        if limit is not None and any(below(f, small, limit + int(op == "le")) for f in facts):
+        end = end_of(op, large) if is_int(small) else None
+        if end is not None and any(below(f, small, end) for f in facts):
             return True
     return False
 

@@ -92,6 +92,8 @@ def _scatter(it, node, base: Value, d, idx: Value, src, **kw):
     dims, (i, s) = broadcast(idx, src if isinstance(src, Value) else const(src))
     slots = dims[d]
     if len(slots) > 1 or (slots and not (i.op == "load" and i.args[0].distinct and i.args[-1] is slots[0])):
+        if d == 0 and isinstance(src, Value) and _whole_rows(base, dims, i):
+            return overwrite_rows(base, Value((dims[0],), i), Value(dims, s))
         raise Refused("a scatter whose indices are not known to be distinct")
     out, _ = scatter_sum(base, d, Value(dims, i), Value(dims, ONE if not isinstance(src, Value) else s))
     for a in range(len(out.dims)):
@@ -102,6 +104,12 @@ def _scatter(it, node, base: Value, d, idx: Value, src, **kw):
     if slots:
         table[slots[0]] = k  # type: ignore[assignment]
     return Value(out.dims, scat(k, eq(subst(i, table), out.index(d)), subst(s, table), out.expr))
+
+
+def _whole_rows(base: Value, dims: list[tuple[Var, ...]], i: Expr) -> bool:
+    """Is the index the same for all places of a row, and are these all places of the base's rows?"""
+    others = range(1, len(dims))
+    return not i.free & {v for a in others for v in dims[a]} and all(prod(v.size for v in dims[a]) == base.extent(a) for a in others)
 
 
 @rule("index_put.default", "_unsafe_index_put.default")

@@ -10,7 +10,7 @@ from ..index import below, inside, mix, sel
 from ..ranks import counted
 from ..sizes import Size, prod, quotient
 from ..value import Value, broadcast, common
-from ._base import RULES, dim_of, fixed, out_shape, rule
+from ._base import RULES, dim_of, filled, fixed, out_shape, rule
 from .segments import cat_rows, cat_segments, rows_between, split_counts
 
 
@@ -261,6 +261,19 @@ def cat_parts(xs: list[Value], d: int, sizes: list[Size]) -> Value:
     for (last, _), e in reversed(list(zip(parts[:-1], es[:-1]))):
         out = where(compare("lt", p, _as_expr(last)), e, out)
     return Value((*dims[:d], (p,), *dims[d + 1 :]), out)
+
+
+@rule("constant_pad_nd.default")
+def _pad(it, node, x: Value, pad, value=0):
+    """A row of zeros behind the rows of the experts' buffers, as `cat` would put it there."""
+    n = len(x.dims)
+    if is_const(x.expr, value):
+        return filled(node, x.expr)
+    behind = {n - 1 - i // 2: amount for i, amount in enumerate(pad) if amount}
+    if len(behind) != 1 or any(pad[::2]) or not all(isinstance(a, int) and a > 0 for a in behind.values()) or not counted(x.expr):
+        raise Refused("padding")
+    ((d, amount),) = behind.items()
+    return cat_parts([x, Value([()] * n, const(value))], d, [x.extent(d), amount])
 
 
 def _plus(sizes: Sequence[Size]) -> Size:
