@@ -19,6 +19,7 @@ from moe_compile.report import GraphReport, RegionReport
 
 from . import blocks
 from .decisions import Decision, among_pairs, callee, chosen_by_caller, decisions, feeds, leaves_graph, tensor_of, window_end, written
+from .hashed import hashed
 from .lift import Refused, fresh_table
 from .lift.places import tensor, where
 from .liveness import Remap
@@ -174,7 +175,7 @@ class _Part:
     def __init__(self, gm: GraphModule, options: Options, training: bool, clock: _Clock, inputs: Sequence[Any] = ()):
         self.gm, self.options, self.training, self.clock, self.inputs = gm, options, training, clock, inputs
         with clock("decisions"):
-            self.decisions = decisions(gm.graph)
+            self.decisions = decisions(gm.graph) or hashed(gm.graph)
             self.table = {d.ids: d for d in self.decisions if not written(d, gm.graph)}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
         self.known: list[_Lifted] = []

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from .algebra import add, compare, eq, mul, negate, rebuild, refresh, replace, subst, sum_
-from .expr import BINDERS, ONE, ZERO, Expr, Var, alpha, const, factors, is_const, loads, raw, subexprs, terms
+from .expr import BINDERS, ONE, ZERO, Expr, Var, alpha, const, factors, is_const, loads, raw, terms
 from .index import digits, inside, is_bool, is_int, mix, pairs
 from .positions import Facts, below, clamps_nothing, counts, decided, digit, end_of, indices, least, mask_at, orderings, same_row, within
 from .sizes import prod
@@ -28,24 +28,6 @@ def collapse(e: Expr) -> Expr:
         return _under(e, frozenset())
     finally:
         _done.clear()
-
-
-_FEW = 8  # slots
-
-
-def slot_by_slot(e: Expr) -> Expr:
-    """sum_k sel(k, a, b) c  ->  a c + b c: choices whose positions were computed one by one, then stacked."""
-    if not counted(e):
-        return e
-    if e.op == "sum" and isinstance(e.args[0].size, int) and e.args[0].size <= _FEW and _stacked(*e.args):
-        v, body = e.args
-        return slot_by_slot(add(*[subst(body, {v: const(i)}) for i in range(v.size)]))
-    parts = [slot_by_slot(a) if isinstance(a, Expr) else a for a in e.args]
-    return rebuild(e.op, parts) if any(a is not b for a, b in zip(parts, e.args)) else e
-
-
-def _stacked(v: Var, body: Expr) -> bool:
-    return any(f.op == "sel" and f.args[0] is v and counted(f) for f in subexprs(body))
 
 
 _done: dict[tuple[Expr, Facts], Expr] = {}  # within one `collapse`: terms are shared, so each comes up many times
@@ -339,4 +321,4 @@ def _is_below(test: Expr, facts: Facts) -> bool:
     return False
 
 
-__all__ = ["collapse", "counted", "slot_by_slot"]
+__all__ = ["collapse", "counted"]

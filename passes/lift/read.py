@@ -11,9 +11,10 @@ from .algebra import mul, refresh
 from .beside import apart
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
 from .index import inside
+from .listed import unlisted
 from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, spread, sum_slots, used_ids
 from .program import Builder, Param
-from .ranks import collapse, counted, slot_by_slot
+from .ranks import collapse, counted
 from .sizes import prod, quotient
 from .value import Value
 
@@ -91,7 +92,7 @@ _MACHINES = {
 def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
     value = _split_rows(value)
     rows = _rows(value)
-    expr, rest = _one_term(collapse(slot_by_slot(value.expr)), rows, first)
+    expr, rest = _one_term(collapse(unlisted(value.expr)), rows, first)
     expr, others = apart(collapse(merge_selects(expr)), rows)
     rest = rest + others
     if bad := leftovers(expr):
