@@ -165,6 +165,7 @@ VIEWS = [
       for a, b, d in (((2, 3), (2, 3), 0), ((2, 3), (2, 3), -1), ((1, 3), (1, 3), 0), ((2, 1), (2, 1), 1))],
     Case("cat.default", [f(2, 3), f(1, 3)], 0, closed=True), Case("cat.default", [f(0, 3), f(2, 3)], 0),
     Case("cat.default", [f(0), f(2, 3)], 0),
+    Case("constant_pad_nd.default", f(2, 3), [0, 0, 0, 1], closed=True),
     Case("cat.default", [f(2, 3)], 1), Case("cat.default", [f(2, 2), f(2, 2), f(2, 2)], 1),
     Case("stack.default", [f(2, 3), f(2, 3)]), Case("stack.default", [f(2, 3), f(2, 3), f(2, 3)], -1),
     Case("stack.default", [f(1), f(1)], 1),

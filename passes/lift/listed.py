@@ -9,7 +9,7 @@ from .expr import Expr, Var, const, loads, subexprs
 from .merge import select
 from .ranks import counted
 
-_FEW = 8  # slots
+_FEW = 4  # slots
 
 
 def unlisted(e: Expr) -> Expr:
