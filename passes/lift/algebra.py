@@ -207,9 +207,10 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
 
 def _compared_cases(op: str, a: Expr, b: Expr) -> Expr | None:
     """where(c, x, y) compared with a number that decides it for x or for y; [c] n - 1 is where(c, n - 1, -1)."""
-    if a.op != "where" and (a := _masked_number(a)) is None:
+    cases = a if a.op == "where" else _masked_number(a)
+    if cases is None:
         return None
-    c, first, second = a.args[0], compare(op, a.args[1], b), compare(op, a.args[2], b)
+    c, first, second = cases.args[0], compare(op, cases.args[1], b), compare(op, cases.args[2], b)
     if is_const(second):
         return negate(mul(c, negate(first))) if second.args[0] else mul(c, first)
     if is_const(first):

@@ -79,7 +79,7 @@ def _parts(e: Expr, known: Facts) -> Expr:
 def _buffers_test(e: Expr, known: Facts) -> Expr | None:
     """A test of a buffer's row, expert * C + position: one of both, or one that always holds or never."""
     parts = _parts(e, known) if e.op in ("eq", "lt", "le", "gt", "ge") and counted(e) else e
-    if parts.op == "eq" and (both := same_row(*parts.args, known)) is not None:
+    if parts.op == "eq" and (both := same_row(parts.args[0], parts.args[1], known)) is not None:
         return _under(both, known)
     if parts.op in ("lt", "le", "gt", "ge") and (holds := decided(parts, known)) is not None:
         return ONE if holds else ZERO
