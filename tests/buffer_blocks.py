@@ -106,7 +106,7 @@ class Kept(Rows):
 
 
 KEPT = ("those_without_room", "rows_of_ones", "added_twice", "writes_next_token", "passed_on_and_added", "back_to_next_token",
-        "expert_innermost", "buffers_overlap", "counts_next_token")  # fmt: skip
+        "buffers_overlap")  # fmt: skip
 
 
 class Pairs(Kept):
@@ -170,19 +170,17 @@ class Cut(Rows):
         out, rest = x.new_zeros(x.shape), []
         for e in range(E):
             rows = torch.eq(ids, e).nonzero(as_tuple=True)[0]
-            if m == "in_any_order":
-                rows = rows[torch.randperm(len(rows))]
             if m == "last_come":
                 rows = rows.flip(0)
             rest.append(rows[capacity:])
-            rows = rows[1 : capacity + 1] if m == "from_the_second" else rows[:capacity]
+            rows = rows[:capacity]
             out[rows] = self.one(x[rows], e)
         rest = torch.cat(rest)
         out[rest] = x[rest.flip(0) if m == "rest_mixed" else rest]
         return (out * w.view(-1, 1)).view_as(hidden)
 
 
-CUT = ("last_come", "from_the_second", "rest_mixed")
+CUT = ("last_come", "rest_mixed")
 
 
 class Choices(Rows):
