@@ -27,6 +27,7 @@ import torch  # noqa: E402
 from corpus import hf_zoo, styles  # noqa: E402
 from corpus.expected import STYLE_REGIONS  # noqa: E402
 from corpus.harness import dynamo_graphs, error, observe, worst  # noqa: E402
+from corpus.older_blocks import BLOCKS  # noqa: E402
 from corpus.variants import VARIANTS  # noqa: E402
 
 import moe_compile  # noqa: E402
@@ -103,8 +104,11 @@ def zoo_row(name: str) -> Row:
 
 
 def _zoo_row(name: str, model: torch.nn.Module, kwargs: dict) -> Row:
+    return _row_of_model(name, model, kwargs, hf_zoo.MOE_LAYERS[name])
+
+
+def _row_of_model(name: str, model: torch.nn.Module, kwargs: dict, blocks: int) -> Row:
     graphs = f"{graphs_by_default(model, **kwargs)} / {dynamo_graphs(model, **kwargs)}"
-    blocks = hf_zoo.MOE_LAYERS[name]
     report, compiled = compile_eager(model)
     with torch.no_grad():
         off = error(hf_zoo.first_tensor(compiled(**kwargs)), hf_zoo.first_tensor(model(**kwargs)))
@@ -186,13 +190,20 @@ def of_installed(page: str) -> str:
 
     found = dict(zip(hf_zoo.ZOO, _bounded(list(hf_zoo.ZOO))))
     rows = [found[name] for name in found if isinstance(found[name], Row)]
+    alone = [name for name in BLOCKS if isinstance(found[name], str)]
     other = [f"- `{name}`: {shorten(why)}" for name, why in found.items() if isinstance(why, str) and why != ABSENT]
     gone = ", ".join(name for name, why in found.items() if why == ABSENT)
     title = f"transformers {transformers.__version__}"
     how = f"Written by `python docs/coverage.py --zoo {page}`, where that version is installed."
     head = f"# {title}\n\n{how} [coverage.md](coverage.md) explains the columns.\n"
     left = ["", "Not built, or not run, by the zoo, which is written for the newest version:", "", *other] if other else []
-    return "\n".join([head, section("Models", rows), *left, "", f"Not there yet: {gone}.", ""])
+    blocks = section("Blocks of these by themselves (`tests/corpus/older_blocks.py`)", [block_row(name) for name in alone]) if alone else ""
+    return "\n".join([head, section("Models", rows), *left, "", blocks, f"Not there yet: {gone}.", ""])
+
+
+def block_row(name: str) -> Row:
+    """One MoE block of a model that the zoo does not build."""
+    return _row_of_model(name, *BLOCKS[name](), 1)
 
 
 ABSENT = "no such model"
