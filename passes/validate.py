@@ -21,6 +21,7 @@ from moe_compile.ops.registry import providers
 
 from .decisions import Decision, callee, tensor_of
 from .region import MoERegion
+from .signs import never_negative
 from .window import autocast_restored, backed_values, symbolic
 
 STRICT = 1e-7  # relative to the largest element, both sides in float64
@@ -33,14 +34,30 @@ class Mismatch(Exception):
     """The replacement computes something else; the message says where and by how much."""
 
 
+class _Stuck(Mismatch):
+    """The original does not run on such inputs."""
+
+
 def validate(region: MoERegion, old: GraphModule, new: GraphModule, decisions: dict[Node, Decision], training: bool) -> str:
-    """Raises Mismatch; returns a line for the report."""
+    """Raises Mismatch; returns a line for the report. Weights of either sign are tried first: some code takes probabilities alone."""
+    try:
+        return _validate(region, old, new, decisions, training, frozenset())
+    except _Stuck:
+        if not (positive := frozenset(n for n in region.inputs if never_negative(n))):
+            raise
+        return _validate(region, old, new, decisions, training, positive)
+
+
+def _validate(
+    region: MoERegion, old: GraphModule, new: GraphModule, decisions: dict[Node, Decision], training: bool, positive: frozenset[Node]
+) -> str:
     start, worst, notes = time.perf_counter(), 0.0, []
     generator = torch.Generator().manual_seed(0x5EED)
     inputs = [n for n in region.inputs if callee(n) != "_enter_autocast"]
     strict, frozen = _numel(inputs) <= CHEAP, {i for i, n in enumerate(inputs) if n in region.scales}
     for routing in ROUTINGS:
         args = [_fresh(n, decisions, region, routing, generator) for n in inputs]
+        args = [a.abs() if n in positive else a for n, a in zip(inputs, args)]
         if strict:
             try:
                 worst = max(
@@ -205,7 +222,7 @@ def _compare(old: GraphModule, new: GraphModule, args: list, limit: float, what:
     except (RuntimeError, NotImplementedError) as e:
         if mode is _upcast:
             raise _NotInDouble(str(e).splitlines()[0][:120]) from e
-        raise Mismatch(f"the original does not run on fresh inputs: {str(e).splitlines()[0][:160]}") from e
+        raise _Stuck(f"the original does not run on fresh inputs: {str(e).splitlines()[0][:160]}") from e
     got = _run(new, args, training, mode, frozen)
     worst, least = 0.0, NOISE[mode is _upcast] * _largest(want)
     for name in want:

@@ -207,7 +207,10 @@ class Trace:
         try:
             self._record(n, self._execute(n))
         except _DATA_DEPENDENT:
-            self.ended = f"`{callee(n)}` decides by a size that only the data tells, so the code behind it was not looked at"
+            why = "decides by a size that only the data tells, so the code behind it was not looked at"
+            if "dropout" in callee(n):
+                why = "within the experts, in training: its random numbers would be others; with p = 0 they are rewritten"
+            self.ended = f"`{callee(n)}` {why}"
             return False
         return True
 

@@ -237,6 +237,17 @@ class Evaluator:
     def op_coord(self, env: Env, r: Var, j: int) -> int:
         return self.points(r.domain, env)[env[r]][j]
 
+    def op_moved(self, env: Env, r: Var, key: Any, by: int) -> int:
+        here = self._unsorted(self.points(r.domain, env), by)
+        return sorted(here).index(here[env[r]])
+
+    def op_nth(self, env: Env, r: Var, key: Any, by: int, j: int) -> int:
+        return sorted(self._unsorted(self.points(r.domain, env), by))[env[r]][j]
+
+    def _unsorted(self, points: list[tuple[int, ...]], by: int) -> list[tuple[int, ...]]:
+        """Points that were sorted by a coordinate, which stands first since, with that coordinate where it was."""
+        return [(*p[1 : by + 1], p[0], *p[by + 1 :]) for p in points]
+
     def op_seg(self, env: Env, r: Var) -> int:
         return self.segment(r.domain, env)[env[r]]
 

@@ -436,6 +436,96 @@ def a_sum_with_a_mask_as_a_number(ids, x, w):
     return (x + (ids[:, :1] == 1)) * (ids[:, 1:] == 2)
 
 
+# ---------------------------------------------------------------- rows of a mask, sorted by expert
+def gates_of(ids, w):
+    return torch.zeros(ids.shape[0], E, dtype=w.dtype).scatter(1, ids, w)
+
+
+def by_expert(rows, x, sizes, out):
+    """Each expert's rows times its number, added to their tokens."""
+    parts = x[rows].split(sizes)
+    return out.index_add(0, rows, torch.cat([part * (e + 1.0) for e, part in enumerate(parts)]))
+
+
+@opened
+def rows_sorted_by_expert(ids, x, w):
+    gates = gates_of(ids, w)
+    order = torch.nonzero(gates).sort(0).indices
+    rows = torch.nonzero(gates)[order[:, 1], 0]
+    return by_expert(rows, x, (gates != 0).sum(0).tolist(), torch.zeros_like(x))
+
+
+@opened
+def rows_sorted_by_expert_from_the_sorted_table(ids, x, w):
+    gates = gates_of(ids, w.abs())
+    table, order = torch.nonzero(gates).sort(0)
+    rows, experts = table[order[:, 1], 0], table[:, 1:]
+    return by_expert(rows, x * gates[rows].gather(1, experts).sum(), (gates > 0).sum(0).tolist(), x)
+
+
+@opened
+def rows_sorted_by_their_column(ids, x, w):
+    gates = gates_of(ids, w)
+    t, e = torch.nonzero(gates, as_tuple=True)
+    order = e.argsort(stable=True)
+    return by_expert(t[order], x * gates[t[order], e[order]].sum(), torch.count_nonzero(gates, 0).tolist(), torch.zeros_like(x))
+
+
+@near
+def split_by_the_counts_of_other_experts(ids, x, w):
+    gates = gates_of(ids, w)
+    rows = torch.nonzero(gates)[torch.nonzero(gates).sort(0).indices[:, 1], 0]
+    return by_expert(rows, x, (gates != 0).sum(0).flip(0).tolist(), torch.zeros_like(x))
+
+
+@near
+def rows_that_nobody_sorted(ids, x, w):
+    gates = gates_of(ids, w)
+    return by_expert(torch.nonzero(gates)[:, 0], x, (gates != 0).sum(0).tolist(), torch.zeros_like(x))
+
+
+@near
+def rows_by_the_other_column_of_the_order(ids, x, w):
+    gates = gates_of(ids, w)
+    rows = torch.nonzero(gates)[torch.nonzero(gates).sort(0).indices[:, 0], 0]
+    return by_expert(rows, x, (gates != 0).sum(0).tolist(), torch.zeros_like(x))
+
+
+@near
+def rows_sorted_from_the_last_expert(ids, x, w):
+    gates = gates_of(ids, w)
+    rows = torch.nonzero(gates)[torch.nonzero(gates).sort(0, descending=True).indices[:, 1], 0]
+    return by_expert(rows, x, (gates != 0).sum(0).tolist(), torch.zeros_like(x))
+
+
+@near
+def rows_sorted_across_the_table(ids, x, w):
+    table = torch.nonzero(gates_of(ids, w)).sort(1).values
+    return torch.zeros_like(x).index_add(0, table[:, 0], x[table[:, 0]])
+
+
+@near
+def rows_of_one_mask_in_the_order_of_another(ids, x, w):
+    gates, other = gates_of(ids, w), gates_of(ids, w.flip(0))
+    rows = torch.nonzero(gates)[torch.nonzero(other).sort(0).indices[:, 1], 0]
+    return by_expert(rows, x, (gates != 0).sum(0).tolist(), torch.zeros_like(x))
+
+
+@near
+def weights_in_the_order_before_the_sort(ids, x, w):
+    gates = gates_of(ids, w)
+    table = torch.nonzero(gates)
+    rows = table[table.sort(0).indices[:, 1], 0]
+    return torch.zeros_like(x).index_add(0, rows, x[rows] * gates[table[:, 0], table[:, 1], None])
+
+
+@near
+def the_sorted_first_column_beside_the_sorted_second(ids, x, w):
+    gates = gates_of(ids, w)
+    table = torch.nonzero(gates).sort(0).values
+    return torch.zeros_like(x).index_add(0, table[:, 0], x[table[:, 0]] * gates[:, table[:, 1]].sum(0)[:, None])
+
+
 # ---------------------------------------------------------------- scattered weights
 @opened
 def dense_weights(ids, x, w):
@@ -551,6 +641,9 @@ NEEDS_DISTINCT = {
     "dense_weights_renormalised",
     "rows_of_a_mask_summed",
     "rows_replaced_in_a_masked_copy",
+    "rows_sorted_by_expert",
+    "rows_sorted_by_expert_from_the_sorted_table",
+    "rows_sorted_by_their_column",
 }
 
 

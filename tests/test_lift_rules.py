@@ -179,6 +179,7 @@ REDUCTIONS = [
       for a in (([0],), ([-1],), ([0, 2],), ([-3, -2],), ([1], True), ([],), ([2, 1, 0], True), (None,))],
     Case("sum.dim_IntList", mask(3, 2), [0]), Case("sum.dim_IntList", ids(3, 2), [1]),
     Case("any.default", mask(2, 2)), *[Case("any.dim", mask(2, 3), *a) for a in ((0,), (-1, True))],
+    Case("count_nonzero.dim_IntList", mask(2, 3), [0]), Case("count_nonzero.default", f(2, 3)),
     Case("any.dims", mask(2, 3, 1), [0, 2]),
     Case("any.default", ints(3), closed=True), Case("any.dim", mask(1, 3), 0),
     *[Case("mean.dim", f(2, 3, 1), *a) for a in (([0],), ([-2], True), ([0, 1],), ([2],), (None,))], Case("mean.dim", ints(3).float(), [0]),
@@ -353,7 +354,7 @@ ELSEWHERE = {
 
     "_grouped_mm.default", "transformers.grouped_mm_fallback.default", "argsort.default", "argsort.stable", "item.default",
     "_local_scalar_dense.default",
-    "histc.default", "add", "sub", "sym_sum", "sym_size.int", "empty.memory_format", "empty_like.default", "new_empty.default",
+    "histc.default", "add", "sub", "mul", "sym_sum", "sym_size.int", "empty.memory_format", "empty_like.default", "new_empty.default",
 }  # fmt: skip
 
 

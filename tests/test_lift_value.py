@@ -177,7 +177,7 @@ def test_rows_of_different_masks_are_not_added_even_if_there_are_as_many():
 
 def test_data_dependent_rows_are_not_merged_with_another_dimension():
     with pytest.raises(Refused, match="data-dependent"):
-        common((None, 2), (None, 2))
+        common((None, 2), (None, 3))
     r = rows_of(leaf("ids", torch.zeros(4, dtype=torch.int64), (0, 2)), 1)
     with pytest.raises(Refused, match="data-dependent"):
         Value([(r, Var(2))], ONE).at(0, const(0))

@@ -57,9 +57,13 @@ def probe_model(model: nn.Module, args: tuple, kwargs: dict[str, Any], report: R
         _note(report, f"{type(model).__name__} was not searched for blocks that Dynamo cannot capture: {type(e).__name__}: {_line(e)}")
         return
     tried = {id(m) for c in repeated(long) if probe(c, report, whole=True) for m in c.module.modules()}
-    for c in calls:
-        if not tried & {id(m) for m in c.module.modules()}:  # what a module decides is recorded once, where it decides
-            tried |= {id(m.module) for m in _innermost(c, report)}
+    within: set[int] = set()
+    for c in sorted(calls, key=lambda c: c.sizes):
+        # what a module decides is recorded once, where it decides
+        if not tried & {id(m) for m in c.module.modules()} and not (c.sizes and id(c.module) in within):
+            done = _innermost(c, report)
+            tried |= {id(d.module) for d in done}
+            within |= {id(m) for d in done for m in d.module.modules()}
     log.debug("probing %s took %.1f s", type(model).__name__, time.perf_counter() - started)
 
 
@@ -68,7 +72,7 @@ def _innermost(c: Call, report: RewriteReport | None) -> list[Call]:
     first = told = RewriteReport()
     done = [c]
     while not probe(done[-1], told) and told.notes and (outer := done[-1].outer) is not None:
-        done.append(Call(outer.module, outer.args, outer.kwargs, True, outer.steps, None, outer.outer))
+        done.append(Call(outer.module, outer.args, outer.kwargs, True, False, outer.steps, None, outer.outer))
         told = RewriteReport()
     for text in (told if any("is captured from" in text for text in told.notes) else first).notes:
         _note(report, text)

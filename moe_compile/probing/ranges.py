@@ -26,7 +26,12 @@ class Ranges:
         if writes(name) and args and isinstance(args[0], torch.Tensor):
             memory = _memory(args[0])
             self._below = {key: found for key, found in self._below.items() if _memory(found[0]) != memory}
-        if name in ("topk", "max", "min", "sort") and isinstance(out, tuple) and len(out) == 2:
+        if name in ("where", "nonzero") and isinstance(out, tuple):
+            self._note_places(args[0] if args else None, out)
+            return
+        if name == "sort" and isinstance(out, tuple) and (n := self.below(args[0])) is not None:
+            out = out[0]
+        elif name in ("topk", "max", "min", "sort") and isinstance(out, tuple) and len(out) == 2:
             out, n = out[1], choices(name, args, kwargs)
         elif name in ("argmax", "argmin", "argsort"):
             n = choices(name, args, kwargs)
@@ -39,6 +44,12 @@ class Ranges:
             return
         if n is not None and isinstance(out, torch.Tensor):
             self._below[id(out)] = out, n
+
+    def _note_places(self, mask: Any, out: tuple) -> None:
+        """Where a mask holds: along each dimension, numbers below its size."""
+        for places, size in zip(out, mask.shape if isinstance(mask, torch.Tensor) else ()):
+            if isinstance(size, int) and isinstance(places, torch.Tensor):
+                self._below[id(places)] = places, size
 
 
 def _memory(t: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.probing import contents, counting, drawn, hit, lists, tokens
+from moe_compile.probing import contents, counting, drawn, hit, lists, tokens, unique
 from moe_compile.probing.chosen import choosing
 from moe_compile.probing.constants import Constants
 from moe_compile.probing.errors import NotProbed, of_user, users_frame, where
@@ -44,6 +44,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     "__float__": contents.item, "tolist": contents.tolist, "numpy": contents.numpy, "__array__": contents.numpy,
     "__len__": contents.length, "__format__": contents.formatted, "__iter__": hit.iterate, "unbind": hit.unbind,
     "bincount": counting.bincount, "histc": counting.histc, "one_hot": counting.one_hot, "_set_grad_enabled": grad_mode,
+    "unique": unique.unique, "unique_consecutive": unique.unique,
     "dropout": drawn.dropout, "dropout_": drawn.dropout, "alpha_dropout": drawn.dropout,
 }  # fmt: skip
 

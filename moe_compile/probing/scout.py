@@ -9,6 +9,7 @@ import collections
 import copy
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def rehearsing() -> bool:
 class Call:
     """A module, and the arguments of a call in which its own code asked a tensor for its contents.
 
-    sure: whether Dynamo is known to break there; otherwise it may capture the module.
+    sure: whether Dynamo is known to break there; otherwise it may capture the module. sizes: it only asked for a size of what it had
+    computed of rows that it had chosen, which Dynamo mostly captures.
     steps: torch calls behind the one routing decision in it, where they are many; then it need not have asked.
     around: the call in which it was made. outer: that, where the module is called more than once in it, token by token say, and what it
     decides by was chosen outside of it.
@@ -60,6 +62,7 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     sure: bool = False
+    sizes: bool = False
     steps: int = 0
     around: Call | None = None
     outer: Call | None = None
@@ -94,6 +97,7 @@ class _Scout(TorchFunctionMode):
         self.stack: list[Call] = []
         self.found: dict[int, Call] = {}
         self.rows: dict[int, torch.Tensor] = {}  # tensors with as many rows as the data tells
+        self.made: dict[int, tuple[weakref.ref[torch.Tensor], Call]] = {}  # these, and what has been computed of them; in whose code
         self.long: dict[int, Call] = {}  # modules of one routing decision and many calls behind it, with none such inside
         self.steps = 0
         self.decisions: list[tuple[Call, int]] = []  # in whose code, at which step
@@ -113,6 +117,8 @@ class _Scout(TorchFunctionMode):
                 self._note(sure=True)
             elif name in _MAY_ASK or (name == "__getitem__" and _by_tensors(args[1])):
                 self._note(sure=False)
+            elif name in _SIZES and self._maker(args[0]) is self.stack[-1]:
+                self._note(sure=False, sizes=True)
         if args and writes(name) and isinstance(args[0], torch.Tensor) and self._is_shared(args[0]):
             raise NotProbed("its forward writes to its parameters")
         out = func(*args, **(kwargs or {}))
@@ -120,7 +126,19 @@ class _Scout(TorchFunctionMode):
             for t in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(t, torch.Tensor):
                     self.rows[id(t)] = t
+                    self.made[id(t)] = weakref.ref(t), self.stack[-1]
+        elif isinstance(out, torch.Tensor) and out.dim() and (maker := self._maker_of_all(out, args)) is not None:
+            self.made[id(out)] = weakref.ref(out), maker
         return out
+
+    def _maker(self, t: Any) -> Call | None:
+        """The call whose code has chosen the tensor's rows."""
+        found = self.made.get(id(t))
+        return found[1] if found is not None and found[0]() is t else None
+
+    def _maker_of_all(self, out: torch.Tensor, args: tuple) -> Call | None:
+        rows = (a for a in args if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] == out.shape[0])
+        return next((maker for a in rows if (maker := self._maker(a)) is not None), None)
 
     def _is_shared(self, t: torch.Tensor) -> bool:
         return isinstance(t, nn.Parameter) or (type(t) is torch.Tensor and t.untyped_storage()._cdata in self.shared)
@@ -164,9 +182,12 @@ class _Scout(TorchFunctionMode):
         inside = set(map(id, call.module.modules()))
         return any(id(owner.module) in inside for owner, _ in self.decisions)
 
-    def _note(self, sure: bool) -> None:
+    def _note(self, sure: bool, sizes: bool = False) -> None:
         call = self.stack[-1]
-        self.found.setdefault(id(call.module), call).sure |= sure
+        if id(call.module) not in self.found:
+            self.found[id(call.module)], call.sizes = call, sizes
+        found = self.found[id(call.module)]
+        found.sure, found.sizes = found.sure or sure, found.sizes and sizes
 
 
 def _is_users(m: nn.Module) -> bool:
@@ -210,7 +231,7 @@ def rehearse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[lis
 def _real(c: Call, modules: dict[int, nn.Module]) -> Call:
     """The same call of the model's own module."""
     outer = None if c.outer is None else _real(c.outer, modules)
-    return Call(modules[id(c.module)], c.args, c.kwargs, c.sure, c.steps, None, outer)
+    return Call(modules[id(c.module)], c.args, c.kwargs, c.sure, c.sizes, c.steps, None, outer)
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def compare(op: str, a: Expr, b: Expr) -> Expr:
             return ONE
         if {"lt": lo >= c, "le": lo > c, "gt": hi <= c, "ge": hi < c}[op]:
             return ZERO
-    return raw(op, a, b)
+    return _positive(a) if op == "gt" and is_const(b, 0) else raw(op, a, b)
 
 
 def _compared_cases(op: str, a: Expr, b: Expr) -> Expr | None:
@@ -236,6 +236,16 @@ def _nonzero(a: Expr) -> Expr:
         v, body = refresh(a)
         return sum_(v, _nonzero(body))
     return negate(eq(a, ZERO))
+
+
+def _positive(a: Expr) -> Expr:
+    """[a > 0], likewise."""
+    if a.op == "mul" and (cs := [f for f in a.args if is_bool(f)]):
+        return mul(*cs, _positive(mul(*[f for f in a.args if not is_bool(f)])))
+    if a.op == "sum" and distinct_slots(a):
+        v, body = refresh(a)
+        return sum_(v, _positive(body))
+    return raw("gt", a, ZERO)
 
 
 def negate(a: Expr) -> Expr:
@@ -310,6 +320,8 @@ def sum_(v: Var, body: Expr) -> Expr:
         return _sum_segment(v, body)
     if body.op == "where" and (cases := _cases(v, body)) is not None:
         return add(*cases)
+    if body.op == "sel" and body.args[0] is v and not _alike(body.args[1:]):
+        return add(*[subst(x, {v: const(i)}) for i, x in enumerate(body.args[1:])])
     fs = factors(body)
     conds = [f for f in fs if is_bool(f)]
     for f in conds:
@@ -340,6 +352,17 @@ def _cases(v: Var, body: Expr) -> list[Expr] | None:
         return None
     arms.update(dict.fromkeys(left, body))
     return [subst(arms[i], {v: const(i)}) for i in range(v.size)] if arms.keys() == set(range(v.size)) else None
+
+
+def _alike(parts: tuple[Expr, ...]) -> bool:
+    """Can they be one expression of their number?"""
+    from .merge import Merger
+
+    try:
+        Merger(Var(len(parts))).merge(parts)
+    except Refused:
+        return False
+    return True
 
 
 def _any_order(v: Var, order: Order, body: Expr) -> Expr | None:

@@ -91,12 +91,15 @@ class Total:
 
 
 class Enum:
-    """Rows of nonzero: the points of `dims` (a tuple of var tuples) where `cond` holds, in row-major order."""
+    """Rows of nonzero: the points of `dims` (a tuple of var tuples) where `cond` holds, in row-major order.
 
-    def __init__(self, dims: tuple, cond: Expr):
+    order: the sort by the first coordinate that brought them there, where points of one index may follow each other in another order.
+    """
+
+    def __init__(self, dims: tuple, cond: Expr, order: str = ""):
         self.dims, self.cond = dims, cond
         self.parent: tuple[Enum, int] | None = None  # (whole, i): these are the rows of `whole` whose first coordinate is i
-        self.key = ("enum", tuple(tuple(v.size for v in d) for d in dims), alpha(cond, [v for d in dims for v in d]))
+        self.key = ("enum", tuple(tuple(v.size for v in d) for d in dims), alpha(cond, [v for d in dims for v in d]), order)
 
 
 class Segment:

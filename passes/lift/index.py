@@ -9,7 +9,7 @@ from .expr import ONE, ZERO, Expr, Order, Refused, Var, const, is_const, raw
 from .sizes import Size, at_most, prod, quotient
 
 BOOL = {"eq", "ne", "lt", "le", "gt", "ge", "not"}
-INDEX = {"var", "idiv", "mod", "mix", "perm", "inv", "coord", "count", "below", "seg", "rows", "size"}
+INDEX = {"var", "idiv", "mod", "mix", "perm", "inv", "coord", "count", "below", "seg", "rows", "size", "moved", "nth"}
 
 
 def is_bool(e: Expr) -> bool:

@@ -104,7 +104,8 @@ class Interp:
             self.facts[node] = ((0, max(self.facts[a][0][1] for a in node.args[0])), False)
             return self.leaf(node)
         if name not in RULES:
-            self.reasons[node] = f"no rule for {name}"
+            of = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], Node) else node
+            self.reasons[node] = f"no rule for {opname(of)}"
             return self.leaf(node)
         return self._apply(node, name)
 

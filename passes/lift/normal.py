@@ -12,7 +12,7 @@ from .expr import ONE, ZERO, Expr, Refused, Var, alpha, const, factors, is_const
 from .index import bounds, inside, is_int, sel
 from .merge import Merger, select
 
-MACHINERY = {"perm", "inv", "coord", "seg", "count", "below", "scat", "undef", "rows"}
+MACHINERY = {"perm", "inv", "coord", "seg", "count", "below", "scat", "undef", "rows", "moved", "nth"}
 
 
 def is_id(e: Expr) -> bool:

@@ -85,7 +85,7 @@ def read(value: Value, dtype: torch.dtype, first: First | None = None) -> Formul
 _MACHINES = {
     "count": "a count of tokens or ids", "perm": "a sorted order", "inv": "the order before sorting", "coord": "rows that a mask finds",
     "seg": "an expert's part of sorted rows", "below": "a running count", "scat": "a scatter", "rows": "a number of rows",
-    "undef": "memory that nothing was written to",
+    "undef": "memory that nothing was written to", "moved": "the places of sorted rows", "nth": "the numbers of sorted rows",
 }  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def index_of(vars: Sequence[Var]) -> Expr:
 def common(sa: Sequence[Size], sb: Sequence[Size]) -> tuple[Size, ...]:
     """Coarsest sizes that refine both mixed radices."""
     if None in sa or None in sb:
+        if tuple(sa) == tuple(sb):
+            return tuple(sa)
         if len(sa) != 1 or len(sb) != 1:
             raise Refused("a data-dependent dimension is merged with another")
         return tuple(sa)

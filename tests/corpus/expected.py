@@ -31,6 +31,11 @@ STYLE_GRAPHS: dict[str, int | str] = {
     "second_above_threshold": 3,
     "module_of_one_token": 3,
     "one_choice_a_sequence": 2,
+    "sparse_dispatcher": 8,
+    "sparse_dispatcher_log": 10,
+    "unique_with_counts": "GuardOnDataDependentSymNode",
+    "parameters_without_tokens": 3,
+    "sequences_of_an_expert": 2,
 }
 
 # Not one graph, and the recording is no help: name -> what the report says.

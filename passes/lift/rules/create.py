@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..expr import ONE, UNDEF, ZERO, Refused, Var, const, is_const
+from ..expr import ONE, UNDEF, ZERO, Expr, Refused, Var, const, is_const
 from ..value import Value
 from ._base import filled, known_shape, out_shape, rule
 
@@ -14,14 +14,19 @@ def _zeros(it, node, *a, **k):
     shape = out_shape(node)
     if None in shape and any(isinstance(s, Value) and is_const(s.expr, 0) for s in (a[-1] if isinstance(a[-1], list | tuple) else ())):
         return Value([(Var(0),) if n is None else (Var(n),) for n in shape], ZERO)  # proved empty
-    if None in shape and len(a) == 1 and isinstance(a[0], Value):  # like a tensor whose rows are known to us
-        return Value(a[0].renamed().dims, ZERO)
-    return filled(node, ZERO)
+    return _like(node, a, ZERO)
 
 
 @rule("ones.default", "ones_like.default", "new_ones.default")
 def _ones(it, node, *a, **k):
-    return filled(node, ONE)
+    return _like(node, a, ONE)
+
+
+def _like(node, a: tuple, e: Expr) -> Value:
+    """Filled, or like a tensor whose rows are known to us."""
+    if None in out_shape(node) and len(a) == 1 and isinstance(a[0], Value):
+        return Value(a[0].renamed().dims, e)
+    return filled(node, e)
 
 
 @rule("full.default", "full_like.default", "new_full.default", "fill.Scalar")
@@ -29,14 +34,12 @@ def _full(it, node, x, *a, **k):
     value = a[-1] if a else k["fill_value"]
     if isinstance(value, Value):
         return filled(node, value.expr)
-    return filled(node, const(torch.tensor(value, dtype=node.meta["val"].dtype).item()))
+    return _like(node, (x,), const(torch.tensor(value, dtype=node.meta["val"].dtype).item()))
 
 
 @rule("empty.memory_format", "empty_like.default", "new_empty.default")
 def _empty(it, node, *a, **k):
-    if None in out_shape(node) and len(a) == 1 and isinstance(a[0], Value):  # like a tensor whose rows are known to us
-        return Value(a[0].renamed().dims, UNDEF)
-    return filled(node, UNDEF)
+    return _like(node, a, UNDEF)
 
 
 @rule("scalar_tensor.default")

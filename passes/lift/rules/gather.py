@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ..algebra import subst
-from ..expr import ZERO, Enum, Refused, raw
+from ..algebra import replace, subst
+from ..expr import ZERO, Enum, Expr, Refused, raw
 from ..index import digits
 from ..sizes import at_most
 from ..value import Value, broadcast
 from ._base import dim_of, rule
 from .mask import enumerate_, expand_masks, in_rows, where_hit
+from .reordered import moved_rows
 
 
 @rule("index.Tensor")
@@ -23,18 +24,29 @@ def gather_rows(x: Value, idx: list) -> Value:
     if {v for d in dims for v in d} & set(x.vars()):
         x = x.renamed()
     table: dict = {}
+    moved: dict = {}
     for i, e in zip(used, es):
-        if not in_rows(e, x.extent(i)):
+        if (rows := moved_rows(x, i, e)) is not None:
+            moved |= rows
+        elif not in_rows(e, x.extent(i)):
             raise Refused("a gather by an index whose range is not known")
-        if x.dims[i]:
+        elif x.dims[i]:
             table.update(zip(x.dims[i], digits(e, x.sizes(i))))
     first = used[0] if used == list(range(used[0], used[0] + len(used))) else 0
     before = [d for i, d in enumerate(x.dims) if i not in used and i < first]
     after = [d for i, d in enumerate(x.dims) if i not in used and i >= first]
-    e = subst(x.expr, table)
+    e = _moved(subst(x.expr, table), moved)
     for r in {v for d in dims for v in d if isinstance(v.domain, Enum)} & e.free:
         e = where_hit(e, r)
     return Value([*before, *dims, *after], e)
+
+
+def _moved(e: Expr, rows: dict[Expr, Expr]) -> Expr:
+    """e with rows of a mask in another order: it must be a function of their coordinates."""
+    e = replace(e, rows) if rows else e
+    if any(r in e.free for coord in rows for r in coord.free):
+        raise Refused("the number of an enumerated row is used")
+    return e
 
 
 @rule("index_select.default")

@@ -56,6 +56,12 @@ def _any(it, node, x: Value, ds=None, keepdim=False):
     return _reduced(x, ds, keepdim, e if one_at_most else compare("ne", e, ZERO))
 
 
+@rule("count_nonzero.dim_IntList", "count_nonzero.default")
+def _count_nonzero(it, node, x: Value, ds=None):
+    hit = x.expr if is_bool(x.expr) else compare("ne", x.expr, ZERO)
+    return _sum(it, node, Value(x.dims, hit), ds)
+
+
 @rule("mean.dim")
 def _mean(it, node, x: Value, ds, keepdim=False, dtype=None):
     ds = _dims(ds, len(x.dims))
@@ -301,7 +307,7 @@ def _softmax(it, node, x: Value, d, half_to_float=False):
     d = dim_of(d, len(x.dims))
     e = x.expr
     if e.op != "scat" or len(x.dims[d]) != 1 or not is_const(e.args[3], float("-inf")) or not isinstance(e.args[0], Var):
-        raise Refused("a softmax that is not over scattered slots")
+        raise Refused("a softmax that is not over the slots of a token (one over features, inside of an expert, has no kernel)")
     k, test, src, _ = e.args
     if x.dims[d][0] not in test.free or x.dims[d][0] in src.free or not distinct_slots(raw("sum", k, test)):
         raise Refused("a softmax over scattered slots of another form")
@@ -319,6 +325,11 @@ def _item(it, node, x: Value):
 def _add_sizes(it, node, *args):
     xs = args[0] if len(args) == 1 else args
     return Value((), add(*[x.expr if isinstance(x, Value) else const(x) for x in xs]))
+
+
+@rule("mul")
+def _mul_sizes(it, node, *args):
+    return Value((), mul(*[x.expr if isinstance(x, Value) else const(x) for x in args]))
 
 
 @rule("sub")

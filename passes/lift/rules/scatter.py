@@ -115,6 +115,8 @@ def _whole_rows(base: Value, dims: list[tuple[Var, ...]], i: Expr) -> bool:
 @rule("index_put.default", "_unsafe_index_put.default")
 def _index_put(it, node, base: Value, idx, vals: Value, accumulate=False):
     idx = expand_masks(idx, node.args[1])
+    if len(idx) == 1 and idx[0] is not None and len(idx[0].dims) > 1:
+        idx[0], vals = _without_ones(base, idx[0], vals)
     if any(v is None for v in idx) or any(len(v.dims) != 1 for v in idx):
         raise Refused("an index_put of another form")
     base, d_index = _flatten_indexed(base, idx)
@@ -124,6 +126,18 @@ def _index_put(it, node, base: Value, idx, vals: Value, accumulate=False):
         out, e = scatter_sum(base, 0, d_index.refine(0, vals.sizes(0)), vals)
         return _unflatten(node, Value(out.dims, add(out.expr, e)))
     return _unflatten(node, overwrite_rows(base, d_index, vals))
+
+
+def _without_ones(base: Value, idx: Value, vals: Value) -> tuple[Value, Value]:
+    """An index [n, 1] (a mask's nonzero as a column) writes the same rows as one of [n]."""
+    n = len(idx.dims)
+    kept = [i for i, d in enumerate(idx.dims) if d]
+    if len(kept) != 1:
+        return idx, vals
+    padded = ((),) * (n + len(base.dims) - 1 - len(vals.dims)) + vals.dims
+    if any(padded[i] for i in range(n) if i not in kept):
+        raise Refused("an index_put of another form")
+    return Value((idx.dims[kept[0]],), idx.expr), Value((padded[kept[0]], *padded[n:]), vals.expr)
 
 
 @rule("masked_scatter.default")

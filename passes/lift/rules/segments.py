@@ -5,8 +5,8 @@ No ATen op is registered here; views.py and scatter.py call these.
 
 from __future__ import annotations
 
-from ..algebra import replace, subst
-from ..expr import ZERO, Enum, Expr, Order, Refused, Segment, Var, alpha, const, is_const, raw, terms
+from ..algebra import compare, mul, replace, subst
+from ..expr import ZERO, Enum, Expr, Order, Refused, Segment, Var, alpha, const, factors, is_const, raw, terms
 from ..index import bounds, perm, sel
 from ..merge import select
 from ..sizes import prod
@@ -115,7 +115,7 @@ def split_rows(x: Value, d: int, es: list[Expr]) -> list[Value]:
     e, out = dom.dims[0][0], []
     for i, size in enumerate(es):
         mask = Value((dom.dims[1],), subst(dom.cond, {e: const(i)}))
-        if alpha(total(mask)) != alpha(size):
+        if not any(alpha(total(m)) == alpha(size) for m in (mask, positive(mask))):
             raise Refused("the split sizes are not the row counts of the mask")
         row = enumerate_(mask)
         row.domain.parent = (dom, i)
@@ -124,6 +124,18 @@ def split_rows(x: Value, d: int, es: list[Expr]) -> list[Value]:
             raise Refused("the number of an enumerated row is used")
         out.append(Value((*x.dims[:d], (row,), *x.dims[d + 1 :]), moved))
     return out
+
+
+def positive(mask: Value) -> Value:
+    """[g > 0] for [g != 0]. A split by such counts has sizes that add up to all rows, or raises: then no g is less than zero."""
+
+    def step(f: Expr) -> Expr:
+        if f.op == "sum":
+            return raw("sum", f.args[0], mul(*map(step, factors(f.args[1]))))
+        nonzero = f.op == "not" and f.args[0].op == "eq" and is_const(f.args[0].args[1], 0)
+        return compare("gt", *f.args[0].args) if nonzero else f
+
+    return Value(mask.dims, mul(*map(step, factors(mask.expr))))
 
 
 def cat_rows(xs: list[Value], d: int, domains: list) -> Value:

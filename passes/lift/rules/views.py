@@ -50,9 +50,22 @@ def _view_rows(x: Value, out: list[Size]) -> Value:
     src = [(d, prod(v.size for v in d)) for d in x.dims if d]
     want = [n for n in out if n != 1]
     if len(src) != len(want) or any(a is not None and a != b for (_, a), b in zip(src, want)):
-        raise Refused("a view merges a data-dependent dimension with another")
+        return _view_of_one(x, out)
     dims = iter(src)
     return Value([() if n == 1 else next(dims)[0] for n in out], x.expr)
+
+
+def _view_of_one(x: Value, out: list[Size]) -> Value:
+    """A view in which one extent is data-dependent: all others take what they have from the left and from the right, it has the rest."""
+    if out.count(None) != 1 or sum(v.size is None for v in x.vars()) != 1:
+        raise Refused("a view merges a data-dependent dimension with another")
+    atoms, at = x.vars(), out.index(None)
+    before = group(atoms, out[:at])
+    atoms.reverse()
+    after = [d[::-1] for d in group(atoms, out[:at:-1])]
+    if all(v.size is not None for v in atoms):
+        raise Refused("a view merges a data-dependent dimension with another")
+    return Value([*before, tuple(reversed(atoms)), *reversed(after)], x.expr)
 
 
 @rule("t.default")
