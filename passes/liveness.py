@@ -55,6 +55,14 @@ class Liveness:
             return False
         return not any(a in live or _random(a) for a in self.trace.created[n])
 
+    def leading_to(self, target: Node, needed: Iterable[Node], removed: Iterable[Node], at: Remap) -> list[Node]:
+        """Nodes of the window that stay only because target is computed from them, in program order."""
+        inside, gone, needed = {at(n) for n in self.nodes}, set(removed), set(needed)
+        seen = {n for n in self.nodes if n is not self.root and n is not target and any(u not in inside for u in at(n).users)}
+        live, before = self._live(seen, needed, set()), _behind(at(target))
+        keep = {*seen, *needed, *gone, target}
+        return [n for n in self.nodes if at(n) in before and n not in keep and n is not self.root and self._droppable(n, live, at)]
+
     def _read_later(self, written: set[Node], inside: set[Node], at: Remap) -> set[Node]:
         """Those of `written` that nodes outside read only when they are filled."""
         if self.root is None or not written:
@@ -122,6 +130,18 @@ class Liveness:
                 return True
             todo.extend(a.all_input_nodes)
         return False
+
+
+def _behind(target: Node) -> set[Node]:
+    """All that a node is computed from."""
+    found: set[Node] = set()
+    todo = list(target.all_input_nodes)
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo.extend(n.all_input_nodes)
+    return found
 
 
 def _writes(m: Node, n: Node) -> bool:

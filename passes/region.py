@@ -16,6 +16,7 @@ from .lift.normal import PARTIAL, First, Partial
 from .lift.places import tensor, told
 from .lift.quantized import NUMBERS
 from .lift.read import NO_WEIGHT, NOTHING_SUMMED
+from .lift.sizes import shape_of
 from .liveness import Liveness, same_storage
 from .window import Ambient, Trace, collect, is_size
 
@@ -120,10 +121,16 @@ class _Search:
         holder, value = self._candidate(trace, n)
         if value is None or not self._downstream(value):
             return False
+        self._look_at(trace, n, holder, value)
+        if isinstance(holder, Node) and (whole := _whole(n, holder)) is not None and isinstance(now := trace.now(whole), Node):
+            self._downstream(now)
+            self._look_at(trace, n, whole, now)
+        return False
+
+    def _look_at(self, trace: Trace, n: Node, holder: Node | None, value: Node) -> None:
         val = value.meta.get("val")
         if isinstance(val, torch.Tensor) and val.dtype.is_floating_point and val.dim() >= 2:
             self._try(trace, n, holder, value, val)
-        return False
 
     def _start(self, trace: Trace) -> None:
         facts = {}
@@ -169,9 +176,9 @@ class _Search:
             return
         if self.best is None or formula.score() > self.best.formula.score():
             self.best = self._region(trace, n, target, value, formula)
-            self.patience = (
-                max(PATIENCE, 2 * self.visited) if formula.partial() else PATIENCE
-            )  # the next slot's code is as long as this one's
+            # the next slot's code is as long as this one's, and that of the next part of the rows
+            again = max(2 * formula.partial(), formula.parts() if formula.parts() > 1 else 0)
+            self.patience = max(PATIENCE, again * self.visited)
 
     def _region(self, trace: Trace, n: Node, target: Node | None, value: Node, formula: Formula) -> MoERegion:
         assert self.interp is not None
@@ -185,6 +192,17 @@ class _Search:
     def reasons(self) -> list[str]:
         it = self.interp
         return [] if it is None else [f"{told(a)} ({opname(a)}): {r}" for a, r in it.reasons.items() if a in self.after]
+
+
+def _whole(n: Node, part: Node) -> Node | None:
+    """What a part that n writes to is the last part of: `out[b][mask] += y` ends a loop over the sequences of a batch."""
+    if callee(part) not in ("getitem", "select") or n.users or len(part.args) < 2 or not isinstance(part.args[0], Node):
+        return None
+    source, at = tensor_of(part.args[0]), part.args[-1]
+    dim = part.args[1] if callee(part) == "select" else 0
+    if source is None or not isinstance(at, int) or not isinstance(dim, int) or not same_storage(part, part.args[0]):
+        return None
+    return part.args[0] if at in (-1, shape_of(source)[dim] - 1) else None
 
 
 def find_region(

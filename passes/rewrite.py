@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .decisions import callee, tensor_of
+from .decisions import callee, returns_itself, tensor_of, writes_in_place
 from .emit import Emitter, size_argument
 from .lift import Refused
 from .lift.algebra import add
 from .lift.places import tensor
 from .lift.sizes import prod, shape_of, size_of
-from .liveness import Remap
+from .liveness import Remap, same_storage
 from .quantize import sunk
 from .region import MoERegion
 from .shard import Spread
@@ -53,9 +53,11 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap
     try:
         with graph.inserting_before(root):
             value = _emit(emitter, providers, spread)
+            _call_by_one_name(region, at)
             written = {region.target} if region.target is not None else set()
             removed = region.liveness.removable(emitter.read, at, written)
             _check_sources(region, emitter.read, set(removed), at)
+            spare = [] if region.target is None else [at(n) for n in region.liveness.leading_to(region.target, emitter.read, removed, at)]
             if region.target is not None:
                 graph.call_method("copy_", (at(region.target), value))
     except (Refused, LookupError):
@@ -71,8 +73,23 @@ def splice(graph: Graph, region: MoERegion, providers: dict[str, str], at: Remap
     dead = [root, *[at(n) for n in reversed(removed)]]
     _erase(graph, dead)
     if region.target is not None:
+        kept = len(graph.nodes)
         added = _forget_accumulator(graph, at(region.target), value, added)
+        if len(graph.nodes) < kept:
+            _erase_unused(graph, spare)
     return Spliced(added, len(dead), value)
+
+
+def _call_by_one_name(region: MoERegion, at: Remap) -> None:
+    """cur = y.mul_(w) is y: who reads cur reads y, which the block's output is written to, and need not know what stood in it."""
+    if region.target is None:
+        return
+    target = at(region.target)
+    same = {target}
+    for n in (at(n) for n in region.nodes if n is not region.root):
+        if returns_itself(n) and n.args and n.args[0] in same:
+            same.add(n)
+            n.replace_all_uses_with(target)
 
 
 def _erase(graph: Graph, nodes: list[Node]) -> None:
@@ -90,15 +107,31 @@ def _check_sources(region: MoERegion, read: set[Node], removed: set[Node], at: R
 
 
 def _forget_accumulator(graph: Graph, target: Node, value: Node, added: list[Node]) -> list[Node]:
-    """out = zeros(..); out.copy_(value)  ->  value, where nothing else has a view of out."""
+    """out = zeros(..); out.copy_(value)  ->  value, where nothing else has a view of out. So for what the first expert gives."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     write = next(u for u in target.users if callee(u) == "copy_" and u.args[1] is value)
-    if callee(target) not in CREATORS or any(order[u] < order[write] for u in target.users):
+    if not _has_own_memory(target) or any(order[u] < order[write] for u in target.users):
         return added
     graph.erase_node(write)
     target.replace_all_uses_with(value)
     graph.erase_node(target)
     return [n for n in added if n is not write]
+
+
+def _has_own_memory(n: Node) -> bool:
+    """Is the node's tensor new, and laid out as ours?"""
+    t = tensor_of(n)
+    if callee(n) in CREATORS or t is None:
+        return callee(n) in CREATORS
+    made = n.op in ("call_function", "call_method") and not writes_in_place(n)
+    return made and _contiguous(t) and not any(same_storage(n, i) for i in n.all_input_nodes)
+
+
+def _erase_unused(graph: Graph, spare: list[Node]) -> None:
+    """What only led to an accumulator that is gone; in program order."""
+    for n in reversed(spare):
+        if not n.users:
+            graph.erase_node(n)
 
 
 def _emit(em: Emitter, providers: dict[str, str], spread: Spread | None) -> Node:

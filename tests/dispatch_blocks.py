@@ -138,17 +138,51 @@ class OtherSequences(Block):
         return out
 
 
+class SequenceBySequence(Block):
+    """A batch of three sequences, one by one; which choices and rows go into which differs."""
+
+    batched = True
+    sequences = 3
+
+    def forward(self, b):
+        w, ids = self.route(b)
+        out = torch.zeros_like(b)
+        for i in range(self.sequences):
+            for e in range(E):
+                t, k = torch.where(ids[self.chosen(i)] == e)
+                out[i].index_add_(0, t, self.experts[e](b[i][t]) * w[i][t, k, None])
+        return out
+
+    def chosen(self, i):
+        return i
+
+
+class ChoicesOfTheLast(SequenceBySequence):
+    def chosen(self, i):
+        return 2 - i
+
+
+class ChoicesOfOne(SequenceBySequence):
+    def chosen(self, i):
+        return min(i, 1)
+
+
+class LastSequenceLeftOut(SequenceBySequence):
+    sequences = 2
+
+
 def _dispatching(how: type[ByExpert]) -> type[SparseDispatcher]:
     return type(how.__name__, (SparseDispatcher,), {"dispatcher": how})
 
 
 RIGHT: dict[str, type] = {"Dispatched": Dispatched, "Multiplied": _dispatching(Multiplied), "Counted": Counted}
+RIGHT["SequenceBySequence"] = SequenceBySequence
 
 # Recorded, as they run for any number of tokens; then left as they are, or rewritten to what they say.
 OTHERWISE: dict[str, type] = {
     how.__name__: _dispatching(how) for how in (SizesOfOthers, SharesUnsorted, FromTheLast, LastPartFirst, RowsOfNeighbours)
 }
-OTHERWISE["OtherSequences"] = OtherSequences
+OTHERWISE |= {c.__name__: c for c in (OtherSequences, ChoicesOfTheLast, ChoicesOfOne, LastSequenceLeftOut)}
 
 NOT_RECORDED: dict[str, tuple[type, str]] = {
     "RunsOfUnsorted": (RunsOfUnsorted, "Split sizes add up"),

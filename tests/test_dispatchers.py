@@ -26,7 +26,7 @@ def width(module: nn.Module) -> int:
 
 
 def inputs(module: nn.Module, n: int, seed: int) -> Tensor:
-    shape = (n, 3, width(module)) if hasattr(module, "batched") else (n, width(module))
+    shape = (3, n, width(module)) if hasattr(module, "batched") else (n, width(module))
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

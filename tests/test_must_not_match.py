@@ -39,7 +39,7 @@ def test_keeps_its_meaning(name):
 HARMLESS = (
     "rows_changed_after_the_loop", "weights_changed_after_the_loop", "in_place_residual", "remembers_output",
     "changes_its_input", "noise_on_logits", "frozen_experts", "frozen_router", "no_grad_router", "no_grad_block",
-    "straight_through", "gradient_scaled_inside", "router_sees_detached_input", "tied_matrices",
+    "straight_through", "added_to_the_first", "gradient_scaled_inside", "router_sees_detached_input", "tied_matrices",
 )  # fmt: skip
 
 

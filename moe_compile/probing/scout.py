@@ -117,7 +117,7 @@ class _Scout(TorchFunctionMode):
                 self._note(sure=True)
             elif name in _MAY_ASK or (name == "__getitem__" and _by_tensors(args[1])):
                 self._note(sure=False)
-            elif name in _SIZES and self._maker(args[0]) is self.stack[-1]:
+            elif name in _SIZES and _is_size(func) and self._maker(args[0]) is self.stack[-1]:
                 self._note(sure=False, sizes=True)
         if args and writes(name) and isinstance(args[0], torch.Tensor) and self._is_shared(args[0]):
             raise NotProbed("its forward writes to its parameters")
@@ -188,6 +188,11 @@ class _Scout(TorchFunctionMode):
             self.found[id(call.module)], call.sizes = call, sizes
         found = self.found[id(call.module)]
         found.sure, found.sizes = found.sure or sure, found.sizes and sizes
+
+
+def _is_size(func: Any) -> bool:
+    """Of the attributes, the shape."""
+    return func.__name__ != "__get__" or getattr(func.__self__, "__name__", "") == "shape"
 
 
 def _is_users(m: nn.Module) -> bool:

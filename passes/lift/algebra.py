@@ -318,8 +318,8 @@ def sum_(v: Var, body: Expr) -> Expr:
         return _sum_enum(v, body)
     if isinstance(v.domain, Segment):
         return _sum_segment(v, body)
-    if body.op == "where" and (cases := _cases(v, body)) is not None:
-        return add(*cases)
+    if body.op == "where" and (each := cases(v, body)) is not None:
+        return add(*each)
     if body.op == "sel" and body.args[0] is v and not _alike(body.args[1:]):
         return add(*[subst(x, {v: const(i)}) for i, x in enumerate(body.args[1:])])
     fs = factors(body)
@@ -342,7 +342,7 @@ def sum_(v: Var, body: Expr) -> Expr:
     return raw("sum", v, body)
 
 
-def _cases(v: Var, body: Expr) -> list[Expr] | None:
+def cases(v: Var, body: Expr) -> list[Expr] | None:
     """where([v=2], a, where([v=1], b, c)) for each v, where all but one have an arm of their own."""
     arms: dict[int, Expr] = {}
     while body.op == "where" and body.args[0].op == "eq" and body.args[0].args[0] is v and is_const(body.args[0].args[1]):

@@ -97,7 +97,7 @@ class Enum:
     """
 
     def __init__(self, dims: tuple, cond: Expr, order: str = ""):
-        self.dims, self.cond = dims, cond
+        self.dims, self.cond, self.order = dims, cond, order
         self.parent: tuple[Enum, int] | None = None  # (whole, i): these are the rows of `whole` whose first coordinate is i
         self.key = ("enum", tuple(tuple(v.size for v in d) for d in dims), alpha(cond, [v for d in dims for v in d]), order)
 

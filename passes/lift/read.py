@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .algebra import mul, refresh
+from .algebra import cases, mul, refresh
 from .beside import apart
 from .expr import ONE, Expr, Refused, Var, factors, is_const, loads, raw, subexprs, terms
 from .index import inside
 from .listed import unlisted
+from .merge import select
 from .normal import First, gather_experts, is_id, leftovers, merge_selects, num_ids, spread, sum_slots, used_ids
 from .program import Builder, Param
 from .ranks import collapse, counted
@@ -54,9 +55,16 @@ class Formula:
     def top_k(self) -> int:
         return prod(v.size for v in self.slots)
 
-    def score(self) -> tuple[bool, bool, int]:
-        """Prefer the node after the sum over the slots, after the weighting, and of the most slots."""
-        return (self.summed and bool(self.slots)) or bool(self._columns()), self.weight is not None, self.top_k
+    def score(self) -> tuple[bool, bool, bool, int]:
+        """Prefer the node of all rows, after the sum over the slots, after the weighting, and of the most slots."""
+        summed = (self.summed and bool(self.slots)) or bool(self._columns())
+        return self.parts() == 1, summed, self.weight is not None, self.top_k
+
+    def parts(self) -> int:
+        """How many parts the rows come in, where the code takes a part by its number: one sequence of a batch after the other."""
+        chosen = [x for x in loads(self.ids) if x.args[0].range is not None]
+        taken = [n for x in chosen for a, n in zip(x.args[1:-1], x.args[0].shape[:-1]) if is_const(a) and isinstance(n, int)]
+        return prod(taken)  # type: ignore[no-any-return]
 
     def partial(self) -> bool:
         """Are there slots that nothing was computed of, as where code goes through them one by one?"""
@@ -90,7 +98,7 @@ _MACHINES = {
 
 
 def _read(value: Value, dtype: torch.dtype, first: First | None) -> Formula:
-    value = _split_rows(value)
+    value = _parts_together(_split_rows(value))
     rows = _rows(value)
     expr, rest = _one_term(collapse(unlisted(value.expr)), rows, first)
     expr, others = apart(collapse(merge_selects(expr)), rows)
@@ -123,6 +131,16 @@ def _split_rows(value: Value) -> Value:
             for i, d in enumerate(value.dims[:-1]):
                 if d == (x.args[0],) and (q := quotient(d[0].size, x.args[1])) is not None:
                     return _split_rows(value.refine(i, (q, x.args[1])))
+    return value
+
+
+def _parts_together(value: Value) -> Value:
+    """Rows that were computed in parts, one sequence of a batch after the other: one expression of the part's number."""
+    for v in _rows(value):
+        parts = value.expr.args[1:] if value.expr.op == "sel" and value.expr.args[0] is v else cases(v, value.expr)
+        if parts and len(parts) == v.size:
+            together = select(v, *parts)
+            return value if together.op == "sel" else Value(value.dims, together)
     return value
 
 

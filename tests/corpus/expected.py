@@ -36,6 +36,7 @@ STYLE_GRAPHS: dict[str, int | str] = {
     "unique_with_counts": "GuardOnDataDependentSymNode",
     "parameters_without_tokens": 3,
     "sequences_of_an_expert": 2,
+    "sequences_one_by_one": 3,
 }
 
 # Not one graph, and the recording is no help: name -> what the report says.

@@ -196,6 +196,45 @@ class InPlaceResidual(Block):
         return super().forward(x).add_(x).mul_(0.5)
 
 
+class _OnTheFirst(Block):
+    """Every expert is computed for every token; the first one's product is what the others are added to."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        w, ids = self.route(x)
+        out = kept = x
+        for e in range(E):
+            y = self.expert(x, e).mul_((w * (ids == e)).sum(-1, keepdim=True))
+            if e == 0:
+                out, kept = y, self.kept(y)
+            else:
+                out.add_(y)
+        return out * 1.0, kept * 2
+
+    def kept(self, y: Tensor) -> Tensor:
+        return y.new_zeros(3)
+
+
+@hazard
+class AddedToTheFirst(_OnTheFirst):
+    """The accumulator is what the first expert gave."""
+
+
+@hazard
+class FirstIsKept(_OnTheFirst):
+    """That is kept before the others are added."""
+
+    def kept(self, y: Tensor) -> Tensor:
+        return y.clone()
+
+
+@hazard
+class FirstHasAView(_OnTheFirst):
+    """A view of it is returned: it shows the sum."""
+
+    def kept(self, y: Tensor) -> Tensor:
+        return y[:3]
+
+
 # ---- side effects
 
 

@@ -40,7 +40,7 @@ def _by(rows: Enum, coordinate: int, spelled: str) -> Enum:
     """The same points, by that coordinate first; how those of one index follow each other is the sort's own affair."""
     fresh = {v: v.fresh() for d in rows.dims for v in d}
     dims = tuple(tuple(fresh[v] for v in rows.dims[j]) for j in _first(coordinate, len(rows.dims)))
-    return Enum(dims, subst(rows.cond, fresh), spelled)
+    return Enum(dims, subst(rows.cond, fresh), f"{rows.order}, {spelled}" if rows.order else spelled)
 
 
 def _first(coordinate: int, n: int) -> list[int]:

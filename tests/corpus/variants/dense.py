@@ -214,3 +214,14 @@ class Conv1x1(Block):
             share = (w * (ids == e)).sum(-1)
             out = out + expert(image) * share.unsqueeze(1)
         return out
+
+
+@variant("added_to_the_first", "early vLLM: every expert for every token, mul_ by its share, add_ to what the first one gave", inputs=x2d)
+class AddedToTheFirst(ListBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        w, ids = self.route(x)
+        out = None
+        for e, expert in enumerate(self.experts):
+            y = expert(x).mul_((w * (ids == e)).sum(dim=-1, keepdim=True))
+            out = y if out is None else out.add_(y)
+        return out

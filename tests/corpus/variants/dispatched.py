@@ -176,3 +176,17 @@ class EachExpertsOutputKept(ListBlock):
             y = torch.einsum("nd,n->nd", expert(torch.index_select(x, 0, t)), w[t, k])
             results.append(torch.index_add(torch.zeros_like(x), 0, t, y))
         return torch.stack(results).sum(0)
+
+
+@variant("sequences_one_by_one", "for b, for e: mask = ids[b] == e; out[b][mask] += expert(x[b][mask])", inputs=x3d)
+class SequencesOneByOne(ListBlock):
+    def forward(self, hidden: Tensor) -> Tensor:
+        w, ids = self.route(hidden)
+        out = torch.zeros_like(hidden)
+        for b in range(hidden.shape[0]):
+            for e, expert in enumerate(self.experts):
+                for k in range(K):
+                    mask = ids[b, :, k] == e
+                    if mask.any():
+                        out[b][mask] += w[b, :, k][mask].unsqueeze(-1) * expert(hidden[b][mask])
+        return out
