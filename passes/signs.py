@@ -23,7 +23,7 @@ def never_negative(n: object) -> bool:
     name = callee(n)
     if name in _PART_OF:
         return bool(n.args) and never_negative(n.args[0])
-    return name in _MADE_OF and all(never_negative(a) for a in n.args)
+    return name in _MADE_OF and not n.kwargs and all(never_negative(a) for a in n.args)
 
 
 __all__ = ["never_negative"]
