@@ -71,6 +71,18 @@ def writes_to(n: Node) -> list[Node]:
     return _nodes([*found, n.kwargs.get("out")])
 
 
+def ancestors(n: Node) -> set[Node]:
+    """All that a node is computed from."""
+    found: set[Node] = set()
+    todo = list(n.all_input_nodes)
+    while todo:
+        each = todo.pop()
+        if each not in found:
+            found.add(each)
+            todo.extend(each.all_input_nodes)
+    return found
+
+
 def between(first: Node, last: Node) -> list[Node]:
     """Nodes from first up to, not including, last."""
     found, n = [], first

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .decisions import callee, tensor_of, writes_in_place, writes_to
+from .decisions import ancestors, callee, tensor_of, writes_in_place, writes_to
 from .window import CONTEXT, Trace
 
 Remap = Callable[[Node], Node]
@@ -59,7 +59,7 @@ class Liveness:
         """Nodes of the window that stay only because target is computed from them, in program order."""
         inside, gone, needed = {at(n) for n in self.nodes}, set(removed), set(needed)
         seen = {n for n in self.nodes if n is not self.root and n is not target and any(u not in inside for u in at(n).users)}
-        live, before = self._live(seen, needed, set()), _behind(at(target))
+        live, before = self._live(seen, needed, set()), ancestors(at(target))
         keep = {*seen, *needed, *gone, target}
         return [n for n in self.nodes if at(n) in before and n not in keep and n is not self.root and self._droppable(n, live, at)]
 
@@ -130,18 +130,6 @@ class Liveness:
                 return True
             todo.extend(a.all_input_nodes)
         return False
-
-
-def _behind(target: Node) -> set[Node]:
-    """All that a node is computed from."""
-    found: set[Node] = set()
-    todo = list(target.all_input_nodes)
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            todo.extend(n.all_input_nodes)
-    return found
 
 
 def _writes(m: Node, n: Node) -> bool:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from moe_compile.ops.comm.setup import Setup
 
-from .decisions import between, callee, tensor_of, writes_in_place
+from .decisions import ancestors, between, callee, tensor_of, writes_in_place
 from .select import overlaps
 
 WORTH = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}  # what takes as long as an exchange
@@ -70,19 +70,8 @@ def _reader(exchange: Node) -> tuple[list[Node], Node]:
 
 def _independent(results: list[Node], first: Node) -> list[Node]:
     """What the first reader needs beside the exchange and its views (results), and these do not, in program order."""
-    mine, beside = _ancestors(results[0]), _ancestors(first)
+    mine, beside = ancestors(results[0]), ancestors(first)
     return sorted(n for n in beside if n not in mine and n not in results and n.op not in ("placeholder", "get_attr"))
-
-
-def _ancestors(n: Node) -> set[Node]:
-    seen: set[Node] = set()
-    todo = list(n.all_input_nodes)
-    while todo:
-        each = todo.pop()
-        if each not in seen:
-            seen.add(each)
-            todo.extend(each.all_input_nodes)
-    return seen
 
 
 def _movable(exchange: Node, beside: set[Node]) -> list[Node]:
