@@ -1,5 +1,6 @@
 """The compiler's passes over one Dynamo graph, in order.
 
+repeated.py    a choice that the code makes again is the first one   (undone where nothing is rewritten)
 decisions.py   where does the graph choose experts?                   (read-only)
 window.py      trace what follows to functional ATen                  (read-only)
 lift/          what does it compute?  ATen -> Formula                 (read-only)

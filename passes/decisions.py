@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from .lift.sizes import shape_of
 
 _INDEX_RESULT = {"topk", "max", "min", "sort"}
+CHOICES = {*_INDEX_RESULT, "argmax", "argmin", "argsort"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import moe_compile.ops  # noqa: F401  (registers the stage ops)
 from moe_compile.options import Options
 from moe_compile.report import GraphReport, RegionReport
 
-from . import blocks
+from . import blocks, repeated
 from .decisions import Decision, among_pairs, callee, chosen_by_caller, decisions, feeds, leaves_graph, tensor_of, window_end, written
 from .hashed import hashed
 from .lift import Refused, fresh_table
@@ -175,6 +175,7 @@ class _Part:
     def __init__(self, gm: GraphModule, options: Options, training: bool, clock: _Clock, inputs: Sequence[Any] = ()):
         self.gm, self.options, self.training, self.clock, self.inputs = gm, options, training, clock, inputs
         with clock("decisions"):
+            self.repeated = repeated.merge(gm.graph)
             self.decisions = decisions(gm.graph) or hashed(gm.graph)
             self.table = {d.ids: d for d in self.decisions if not written(d, gm.graph)}
             self.ambient = ambients(gm.graph, torch.is_grad_enabled()) if self.decisions else {}
@@ -199,8 +200,11 @@ class _Part:
                 entries.append(entry)
         if not self.decisions and (given := chosen_by_caller(self.gm.graph)) is not None:
             self.notes.append(f"the caller chooses, by {tensor(given)} (0, 1, ...)")
-        if self.spliced:
+        if not self.spliced:
+            self.repeated.undo()
+        else:
             self._route()
+            self.repeated.forget()
             drop_unread(self.gm.graph)
             self.notes += left_dequantised(self.gm.graph) if self.training else []
             if self.options.quant == "fp8":
