@@ -38,7 +38,10 @@ class Repeated:
 
 
 def merge(graph: Graph) -> Repeated:
-    """Repetitions under the same gradient and autocast mode, of tensors that nothing is written into, scores and results."""
+    """Repetitions under the same gradient and autocast mode, of tensors that nothing is written into, scores and results.
+
+    What leaves the graph may be written into behind it, so it stays a tensor of its own.
+    """
     merged = Repeated([], [])
     first: dict[Hashable, Node] = {}
     written: set[int | None] | None = None
@@ -74,8 +77,9 @@ def _choice(n: Node) -> Node:
 
 
 def _written(graph: Graph) -> set[int | None]:
-    """The memory of all that is written into; None: some of it is not known."""
-    return {_memory(target) for n in graph.nodes for target in writes_to(n)}
+    """The memory of all that is written into, or leaves the graph; None: some that is written into is not known."""
+    leaving = {_memory(a) for n in graph.nodes if n.op == "output" for a in n.all_input_nodes}
+    return {_memory(target) for n in graph.nodes for target in writes_to(n)} | (leaving - {None})
 
 
 def _memory(n: object) -> int | None:
