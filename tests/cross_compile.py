@@ -1,11 +1,12 @@
 """Compiles what a call of the Triton experts would launch on an H100 or H200, without a GPU: python cross_compile.py prints JSON,
-case -> [[kernel, bytes of shared memory], ...] or the error. The interpreter takes much that the compiler does not.
+case -> [[kernel, bytes of shared memory, are registers overtaken?], ...] or the error. The interpreter takes more than the compiler does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +30,9 @@ from moe_compile.ops.route import Routing
 SWIGLU = "mm(1, silu(cols(mm(0, x), 0, {i}, 1)) * cols(mm(0, x), {i}, {j}, 1))"
 SPREAD = "mm(1, silu(cols(mm(0, w * x), 0, {i}, 1)) * cols(mm(0, w * x), {i}, {j}, 1))"
 PAIRS = "mm(1, clamp(cols(mm(0, x), 0, {j}, 2), None, 7.0) * sigmoid(1.702 * cols(mm(0, x), 1, {j}, 2)))"
-compiled: list[tuple[str, int]] = []
+FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
+UNDER_WAY = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
+compiled: list[tuple[str, int, bool]] = []
 
 
 class Driver:
@@ -51,7 +54,8 @@ class Driver:
 def compile_only(run: Callable[..., Any]) -> Callable[..., Any]:
     def replacement(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled.append((self.fn.__name__, kernel.metadata.shared))
+        ptx = kernel.asm["ptx"]
+        compiled.append((self.fn.__name__, kernel.metadata.shared, bool(FROM_REGISTERS.search(ptx) and UNDER_WAY.search(ptx))))
         return kernel
 
     return replacement
@@ -148,11 +152,13 @@ CASES: dict[str, Callable[[], None]] = {
     "batched, 128 rows": lambda: batched(128, 512),
     "batched, less capacity than a block": lambda: batched(2, 8),
     "batched, e4m3 rows": lambda: batched(2, 128, torch.float8_e4m3fn),
-    "fp8_block_w, 16 rows": lambda: quantised("fp8_block_w", 64),
+    "fp8_channel_w, 16 rows": lambda: quantised("fp8_channel_w", 64),
+    "int4, 64 rows": lambda: quantised("int4", 200),
     "fp8_block, 64 rows": lambda: quantised("fp8_block", 256),
     "fp8_block, 128 rows": lambda: quantised("fp8_block", 4096),
     "fp8_channel, 128 rows": lambda: quantised("fp8_channel", 4096),
     "mxfp4, pairs, 16 rows": lambda: quantised("mxfp4", 16, PAIRS),
+    "mxfp4, 128 rows": lambda: quantised("mxfp4", 4096),
     "backward": lambda: layer(4096, 2, 8, 2048, 768, backward=True),
     "backward, weighted rows": lambda: layer(4096, 2, 8, 2048, 768, program=SPREAD, backward=True),
     "backward, pairs, float16": lambda: layer(1024, 2, 8, 256, 128, "eio", PAIRS, torch.float16, backward=True),

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 ROWS = 128  # of a block
 BOX = 64  # rows of a box of results
-STAGES = {(1, 1): 6, (1, 2): 5, (2, 1): 4, (2, 2): 3}  # steps under way, by products and bytes of a result
+SHARED = 227 * 1024  # bytes of shared memory that a program can have
+BARRIERS = 512  # bytes for them
+STAGE = (ROWS + 2 * BLOCK) * BLOCK + 4 * ROWS  # bytes of a step under way
 TYPES = {torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MOST_INPUTS = 1 << 16  # whose scales have room in shared memory beside the tiles
 REGISTERS = 168  # of a thread, where three groups of four warps share a multiprocessor's
@@ -72,16 +74,22 @@ def run(layer: Layer, own: Operands, rows: Rows, out: Rows, plan: Plan, group: i
     a_scales = _boxes(rows.scales, 1, ROWS, swizzled=False) if rows.mode == "step" else rows.scales
     w = [_boxes(value.flatten(0, 1), BLOCK) for value in own.values]
     outs = [value.shape[1] for value in own.values]
-    num_tiles, steps = -(-layer.width // BLOCK), -(-own.inner // BLOCK)
+    steps, two = -(-own.inner // BLOCK), len(layer.products) > 1
+    most_steps = max(32, 1 << (steps - 1).bit_length())
+    num_tiles = -(-layer.width // (BLOCK if two else 2 * BLOCK))
     programs = min(plan.blocks.shape[0] * num_tiles, processors(rows.values.device))
     hopper_kernel[(programs,)](
         _boxes(rows.values, ROWS), a_scales, *w, *own.scales, _boxes(out.values, BOX), out.scales, plan.blocks, plan.num_blocks, steps,
         layer.width, own.scales[0].shape[1] - 1, num_tiles, programs, *outs, plan.slots.shape[0], *own.scale_strides, START0=first.start,
-        START1=second.start, TWO=len(layer.products) > 1, EPILOGUE=epilogue_of(layer), W_SCALES=own.mode, A_SCALES=rows.mode,
+        START1=second.start if two else first.start + BLOCK, TWO=two, EPILOGUE=epilogue_of(layer), W_SCALES=own.mode, A_SCALES=rows.mode,
         OUT_BLOCK=own.out_block, OUT="plain" if out.scales is None else "fp8", GROUP=group,
-        STAGES=STAGES[len(layer.products), out.values.element_size()], MOST_STEPS=max(32, 1 << (steps - 1).bit_length()), num_warps=4,
-        maxnreg=REGISTERS,
+        STAGES=_stages(most_steps, out.values.element_size()), MOST_STEPS=most_steps, num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
+
+
+def _stages(most_steps: int, size: int) -> int:
+    """Steps that are under way beside the scales of the weights of two tiles and the results, `size` bytes each."""
+    return (SHARED - 4 * 4 * most_steps - ROWS * BLOCK * size - BARRIERS) // STAGE
 
 
 def _boxes(values: Any, high: int, wide: int = BLOCK, swizzled: bool = True) -> Any:

@@ -104,7 +104,7 @@ def _scaled_once(acc, s, cols, stride_o, W_MODE: tl.constexpr, SWAP: tl.constexp
 @triton.jit
 def _step(
     x, units, w_scales, a_scales, acc, KIND: tl.constexpr, PER: tl.constexpr, W_SCALES: tl.constexpr, A_SCALES: tl.constexpr,
-    DTYPE: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    DTYPE: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """acc with the sum of a step's inputs."""
     w = numbers(units, w_scales, KIND, PER, DTYPE, FAST)
@@ -113,6 +113,10 @@ def _step(
         acc = _scaled(part, acc, w_scales, a_scales, W_SCALES, A_SCALES, SWAP)
     else:
         acc = dot(x, w, acc, SWAP, PRECISION)
+        if (
+            ASSEMBLY & SWAP
+        ):  # reads the sum, so that Triton waits for it: else the next step's numbers overwrite the registers it is made of
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)  # is no instruction
     return acc
 
 
@@ -170,10 +174,10 @@ def _products(
         x = row_tile(a, at, row0, k, IN, BK, A_FROM, EVEN)
         x = x if KIND == "fp8" else x.to(DTYPE)
         w = _units(w0, base0, wide0, k // PER, (expert, first0), i0, o0, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
-        acc = _step(x, w, ws0, ra, acc, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST)
+        acc = _step(x, w, ws0, ra, acc, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST, ASSEMBLY)
         if TWO:
             w = _units(w1, base1, wide1, k // PER, (expert, first1), i1, o1, UNITS, W_FROM, N, RUN, TRANSPOSED, EVEN)
-            more = _step(x, w, ws1, ra, more, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST)
+            more = _step(x, w, ws1, ra, more, KIND, PER, W_SCALES, A_SCALES, DTYPE, SWAP, PRECISION, FAST, ASSEMBLY)
         if W_SCALES != "inner":
             ws0 = next0
             ws1 = next1

@@ -1,8 +1,9 @@
 """The grouped GEMM of scaled_gemm.py for e4m3 rows and weights and blocks of 128 rows on Hopper, with roles for its warps, in Gluon.
 
-One warp brings tiles of rows and weights by descriptors; two groups of four warps multiply 64 rows each. The sums of 128 inputs have to
-leave the tensor core for their scales, and while one group adds them up the other's products run. Rows, weights and results lie as
-descriptors take them: inputs next to each other. Epilogues are the ones of scaled_gemm.py; there are no biases and no routing weights.
+One warp brings tiles of rows and weights by descriptors; two groups of four warps multiply 64 rows each with 128 columns twice: of a gate's
+two products, or of two tiles next to each other, so that rows come once for both. The sums of 128 inputs have to leave the tensor core for
+their scales, and while one group adds them up the other's products run. Rows, weights and results lie as descriptors take them: inputs next
+to each other. Epilogues are the ones of scaled_gemm.py; there are no biases and no routing weights.
 
 Gluon is Triton's language for kernels with explicit layouts; Triton's interpreter does not run it.
 """
@@ -42,20 +43,22 @@ def _pieces(w_rows, MOST_STEPS: gl.constexpr):
 
 @gluon.jit
 def _bring_steps(
-    a, w, a_scales, a_tiles, w_tiles, a_rows, full, empty, row0, first, steps, i, A_SCALES: gl.constexpr, STAGES: gl.constexpr
-):
-    """The loads of a product's steps, each when there is room; i: of the first."""
+    a, w0, w1, a_scales, a_tiles, w_tiles, a_rows, full, empty, row0, first0, first1, steps, i, A_SCALES: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loads of a tile's steps, each when there is room; i: of the first."""
     for step in range(steps):
         s = i % STAGES
         mbarrier.wait(empty.index(s), (i // STAGES & 1) ^ 1)
         ready = full.index(s)
         if A_SCALES == "step":
-            mbarrier.expect(ready, 128 * 128 + 128 * 128 + 4 * 128)
+            mbarrier.expect(ready, 3 * 128 * 128 + 4 * 128)
             bring(a_scales, [step, row0], ready, a_rows.index(s))
         else:
-            mbarrier.expect(ready, 128 * 128 + 128 * 128)
+            mbarrier.expect(ready, 3 * 128 * 128)
         bring(a, [row0, step * 128], ready, a_tiles.index(s))
-        bring(w, [first, step * 128], ready, w_tiles.index(s))
+        bring(w0, [first0, step * 128], ready, w_tiles.index(2 * s))
+        bring(w1, [first1, step * 128], ready, w_tiles.index(2 * s + 1))
         i += 1
     return i
 
@@ -63,7 +66,7 @@ def _bring_steps(
 @gluon.jit
 def _bring(
     a, w0, w1, a_scales, s0, s1, a_tiles, w_tiles, a_rows, w_rows, full, empty, w_full, w_empty, blocks, count, num_tiles, programs, steps,
-    LAST, outs0, outs1, se0, si0, so0, se1, si1, so1, START0: gl.constexpr, START1: gl.constexpr, TWO: gl.constexpr,
+    LAST, outs0, outs1, se0, si0, so0, se1, si1, so1, START0: gl.constexpr, START1: gl.constexpr, WIDE: gl.constexpr,
     W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, OUT_BLOCK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     MOST_STEPS: gl.constexpr,
 ):  # fmt: skip
@@ -74,83 +77,63 @@ def _bring(
     tile = 0
     for t in range(gl.program_id(0), count * num_tiles, programs):
         expert, row0, n = _place(blocks, t, count, num_tiles, GROUP)
-        first0 = START0 + n * 128
-        first1 = START1 + n * 128
+        first0 = START0 + n * WIDE
+        first1 = START1 + n * WIDE
         if W_SCALES == "step":
             of = tile % 2
             pieces = _pieces(w_rows, MOST_STEPS)
-            at = s0 + expert.to(gl.int64) * se0 + gl.minimum(first0 // OUT_BLOCK, LAST) * so0
-            scales = gl.load(at + each * si0, mask=each < steps, other=0.0).to(gl.float32)
+            at0 = s0 + expert.to(gl.int64) * se0 + gl.minimum(first0 // OUT_BLOCK, LAST) * so0
+            at1 = s1 + expert.to(gl.int64) * se1 + gl.minimum(first1 // OUT_BLOCK, LAST) * so1
+            scales0 = gl.load(at0 + each * si0, mask=each < steps, other=0.0).to(gl.float32)
+            scales1 = gl.load(at1 + each * si1, mask=each < steps, other=0.0).to(gl.float32)
             mbarrier.wait(w_empty.index(of), (tile // 2 & 1) ^ 1)
-            pieces.index(2 * of).store(scales)
-            if TWO:
-                at = s1 + expert.to(gl.int64) * se1 + gl.minimum(first1 // OUT_BLOCK, LAST) * so1
-                pieces.index(2 * of + 1).store(gl.load(at + each * si1, mask=each < steps, other=0.0).to(gl.float32))
+            pieces.index(2 * of).store(scales0)
+            pieces.index(2 * of + 1).store(scales1)
             mbarrier.arrive(w_full.index(of), count=1)
         i = _bring_steps(
-            a, w0, a_scales, a_tiles, w_tiles, a_rows, full, empty, row0, expert * outs0 + first0, steps, i, A_SCALES, STAGES
+            a, w0, w1, a_scales, a_tiles, w_tiles, a_rows, full, empty, row0, expert * outs0 + first0, expert * outs1 + first1, steps, i,
+            A_SCALES, STAGES,
         )  # fmt: skip
-        if TWO:
-            i = _bring_steps(
-                a, w1, a_scales, a_tiles, w_tiles, a_rows, full, empty, row0, expert * outs1 + first1, steps, i, A_SCALES, STAGES
-            )  # fmt: skip
         tile += 1
 
 
 @gluon.jit
-def _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr):
-    """(The sum of step i's inputs, under way; the scales of its rows)."""
-    s = i % STAGES
-    mbarrier.wait(full.index(s), i // STAGES & 1)
-    by = 0
+def _scales(a_rows, w_rows, s, at0, at1, lanes: gl.constexpr, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, HALF: gl.constexpr):
+    """float32 [64] of a step's two products; at_i: where the weights' are. 1 where there are none in a step."""
+    by0 = gl.full([64], 1.0, gl.float32, lanes)
     if A_SCALES == "step":
-        by = a_rows.index(s).reshape([128]).slice(64 * HALF, 64).load(gl.SliceLayout(1, zero.type.layout))
-    part = warpgroup_mma(a_tiles.index(s).slice(64 * HALF, 64), w_tiles.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return part, by
-
-
-@gluon.jit
-def _scaled(acc, part, by, w_rows, empty, i, at, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, STAGES: gl.constexpr):
-    """acc + part times the scales of step i, of its rows and w_rows[at] of its weights; its tiles are free then."""
-    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    s = i % STAGES
-    if A_SCALES == "step":
-        fence_async_shared()  # by has come from shared memory before the copy that takes its place there, which waits for no load
-    mbarrier.arrive(empty.index(s), count=1)
+        by0 = a_rows.index(s).reshape([128]).slice(64 * HALF, 64).load(lanes)
+        fence_async_shared()  # they come from shared memory before the copy that takes their place there, which waits for no load
+    by1 = by0
     if W_SCALES == "step":
-        one = w_rows.index(at).load(rows)
-        if A_SCALES == "step":
-            acc += part * (by * one)[:, None]
-        else:
-            acc += part * one[:, None]
-    elif A_SCALES == "step":
-        acc += part * by[:, None]
-    else:
-        acc += part
-    return acc
+        by1 = by0 * w_rows.index(at1).load(lanes)
+        by0 = by0 * w_rows.index(at0).load(lanes)
+    return by0, by1
 
 
 @gluon.jit
-def _product(
-    zero, a_tiles, w_tiles, a_rows, w_rows, full, empty, at, steps, i, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr,
+def _products(
+    zero, a_tiles, w_tiles, a_rows, w_rows, full, empty, at0, at1, steps, i, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr,
     STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """float32 [64, 128] of all steps, i: of the first; at: where the first one's scale of weights is. Two steps at a time are under way."""
-    acc = zero
-    for step in range(0, steps - 1, 2):
-        part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
-        more, by_more = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i + 1, A_SCALES, STAGES, HALF)
-        part = warpgroup_mma_wait(1, deps=[part])
-        acc = _scaled(acc, part, by, w_rows, empty, i, at + step, W_SCALES, A_SCALES, STAGES)
-        more = warpgroup_mma_wait(0, deps=[more])
-        acc = _scaled(acc, more, by_more, w_rows, empty, i + 1, at + step + 1, W_SCALES, A_SCALES, STAGES)
-        i += 2
-    if steps % 2 == 1:
-        part, by = _multiplied(zero, a_tiles, w_tiles, a_rows, full, i, A_SCALES, STAGES, HALF)
+    """Two float32 [64, 128] of all steps, i: of the first; at_i: where the first step's scales of weights are."""
+    acc0 = zero
+    acc1 = zero
+    for step in range(steps):
+        s = i % STAGES
+        mbarrier.wait(full.index(s), i // STAGES & 1)
+        rows = a_tiles.index(s).slice(64 * HALF, 64)
+        part = warpgroup_mma(rows, w_tiles.index(2 * s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        by0, by1 = _scales(a_rows, w_rows, s, at0 + step, at1 + step, gl.SliceLayout(1, zero.type.layout), W_SCALES, A_SCALES, HALF)
         part = warpgroup_mma_wait(0, deps=[part])
-        acc = _scaled(acc, part, by, w_rows, empty, i, at + steps - 1, W_SCALES, A_SCALES, STAGES)
+        acc0 += part * by0[:, None]
+        acc0, part = warpgroup_mma_wait(0, deps=[acc0, part])  # part is added up before the next one takes its registers
+        part = warpgroup_mma(rows, w_tiles.index(2 * s + 1).permute((1, 0)), part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(s), count=1)
+        acc1 += part * by1[:, None]
         i += 1
-    return acc, i
+    return acc0, acc1, i
 
 
 @gluon.jit
@@ -178,8 +161,8 @@ def _store(out, room, out_scales, result, row0, rows, n, cols, WIDTH, scale_stri
 
 @gluon.jit
 def _multiply(
-    a_tiles, w_tiles, a_rows, w_rows, park, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks, count,
-    num_tiles, programs, steps, WIDTH, scale_stride, se0, so0, se1, so1, START0: gl.constexpr, START1: gl.constexpr, TWO: gl.constexpr,
+    a_tiles, w_tiles, a_rows, w_rows, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks, count, num_tiles,
+    programs, steps, WIDTH, scale_stride, se0, so0, se1, so1, START0: gl.constexpr, START1: gl.constexpr, TWO: gl.constexpr,
     EPILOGUE: gl.constexpr, W_SCALES: gl.constexpr, A_SCALES: gl.constexpr, OUT: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, MOST_STEPS: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
@@ -188,35 +171,40 @@ def _multiply(
     lanes = gl.arange(0, 64, gl.SliceLayout(1, mma))
     columns = gl.arange(0, 128, gl.SliceLayout(0, mma))
     zero = gl.zeros([64, 128], gl.float32, mma)
+    room = rooms.index(HALF)
     i = 0
     tile = 0
     for t in range(gl.program_id(0), count * num_tiles, programs):
         expert, row0, n = _place(blocks, t, count, num_tiles, GROUP)
         row0 += 64 * HALF
         rows = row0 + lanes
-        cols = n * 128 + columns
         of = tile % 2
         if W_SCALES == "step":
             mbarrier.wait(w_full.index(of), tile // 2 & 1)
-        p0, i = _product(
-            zero, a_tiles, w_tiles, a_rows, w_rows, full, empty, 2 * of * MOST_STEPS, steps, i, W_SCALES, A_SCALES, STAGES, HALF
+        p0, p1, i = _products(
+            zero, a_tiles, w_tiles, a_rows, w_rows, full, empty, 2 * of * MOST_STEPS, (2 * of + 1) * MOST_STEPS, steps, i, W_SCALES,
+            A_SCALES, STAGES, HALF,
         )  # fmt: skip
-        p0 = _by_column(p0, s0 + expert.to(gl.int64) * se0, START0, cols, WIDTH, so0, W_SCALES)
-        p1 = p0
-        if TWO:
-            park.index(HALF).store(p0)  # the second product needs the registers
-            p1, i = _product(
-                zero, a_tiles, w_tiles, a_rows, w_rows, full, empty, (2 * of + 1) * MOST_STEPS, steps, i, W_SCALES, A_SCALES, STAGES, HALF
-            )  # fmt: skip
-            p0 = park.index(HALF).load(mma)
-            p1 = _by_column(p1, s1 + expert.to(gl.int64) * se1, START1, cols, WIDTH, so1, W_SCALES)
         if W_SCALES == "step":
             mbarrier.arrive(w_empty.index(of), count=1)
         if A_SCALES == "once":
             by_row = gl.load(a_scales + rows)
             p0 = p0 * by_row[:, None]
             p1 = p1 * by_row[:, None]
-        _store(out, rooms.index(HALF), out_scales, EPILOGUE(p0, p1, p0, p0, p0), row0, rows, n, cols, WIDTH, scale_stride, OUT)
+        at0 = s0 + expert.to(gl.int64) * se0
+        at1 = s1 + expert.to(gl.int64) * se1
+        if TWO:
+            cols = n * 128 + columns
+            p0 = _by_column(p0, at0, START0, cols, WIDTH, so0, W_SCALES)
+            p1 = _by_column(p1, at1, START1, cols, WIDTH, so1, W_SCALES)
+            _store(out, room, out_scales, EPILOGUE(p0, p1, p0, p0, p0), row0, rows, n, cols, WIDTH, scale_stride, OUT)
+        else:
+            cols = 2 * n * 128 + columns
+            p0 = _by_column(p0, at0, START0, cols, WIDTH, so0, W_SCALES)
+            _store(out, room, out_scales, EPILOGUE(p0, p0, p0, p0, p0), row0, rows, 2 * n, cols, WIDTH, scale_stride, OUT)
+            cols += 128
+            p1 = _by_column(p1, at0, START0, cols, WIDTH, so0, W_SCALES)
+            _store(out, room, out_scales, EPILOGUE(p1, p1, p1, p1, p1), row0, rows, 2 * n + 1, cols, WIDTH, scale_stride, OUT)
         tile += 1
     tma.store_wait(0)
 
@@ -232,15 +220,14 @@ def hopper_kernel(
 
     a [P, IN], w_i [E * outs_i, IN], out [P, LIMIT] descriptors of boxes [128, 128], [128, 128], [64, 128]; scales as in scaled_gemm.py,
     of rows with A_SCALES "step" a descriptor of boxes [1, 128]; LAST: the last block of columns with a scale; steps <= MOST_STEPS: of 128
-    inputs. TWO: products, one after the other; the rows are read again for the second.
+    inputs. TWO products, and tiles of 128 columns; or one, w1 the same as w0, START1 = START0 + 128, and tiles of 256.
     """
+    WIDE: gl.constexpr = 128 if TWO else 256
     a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, 128, 128], a.layout)
-    w_tiles = gl.allocate_shared_memory(w0.dtype, [STAGES, 128, 128], w0.layout)
+    w_tiles = gl.allocate_shared_memory(w0.dtype, [2 * STAGES, 128, 128], w0.layout)
     rooms = gl.allocate_shared_memory(out.dtype, [2, 64, 128], out.layout)
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     a_rows = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 128], flat)
-    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], gl.float32)
-    park = gl.allocate_shared_memory(gl.float32, [2 if TWO else 1, 64 if TWO else 8, 128], wide)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_rows = gl.allocate_shared_memory(gl.float32, [4 * MOST_STEPS, 1], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -258,18 +245,18 @@ def hopper_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                a_tiles, w_tiles, a_rows, w_rows, park, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks,
+                a_tiles, w_tiles, a_rows, w_rows, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks,
                 count, num_tiles, programs, steps, WIDTH, scale_stride, se0, so0, se1, so1, START0, START1, TWO, EPILOGUE, W_SCALES,
                 A_SCALES, OUT, GROUP, STAGES, MOST_STEPS, 0,
             )),
             (_multiply, (
-                a_tiles, w_tiles, a_rows, w_rows, park, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks,
+                a_tiles, w_tiles, a_rows, w_rows, rooms, full, empty, w_full, w_empty, a_scales, s0, s1, out, out_scales, blocks,
                 count, num_tiles, programs, steps, WIDTH, scale_stride, se0, so0, se1, so1, START0, START1, TWO, EPILOGUE, W_SCALES,
                 A_SCALES, OUT, GROUP, STAGES, MOST_STEPS, 1,
             )),
             (_bring, (
                 a, w0, w1, a_scales, s0, s1, a_tiles, w_tiles, a_rows, w_rows, full, empty, w_full, w_empty, blocks, count, num_tiles,
-                programs, steps, LAST, outs0, outs1, se0, si0, so0, se1, si1, so1, START0, START1, TWO, W_SCALES, A_SCALES, OUT_BLOCK,
+                programs, steps, LAST, outs0, outs1, se0, si0, so0, se1, si1, so1, START0, START1, WIDE, W_SCALES, A_SCALES, OUT_BLOCK,
                 GROUP, STAGES, MOST_STEPS,
             )),
         ],
