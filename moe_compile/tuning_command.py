@@ -13,9 +13,24 @@ from typing import Any
 
 from moe_compile.ops.kernels import tuned, tuned_file
 from moe_compile.ops.kernels.tuned import Machine
+from moe_compile.ops.quantized import KINDS
 from moe_compile.tuning import GAIN, Bench, Outcome, Progress, Search, TuneError
 from moe_compile.tuning_journal import Journal
-from moe_compile.tuning_layer import DTYPES, LAYOUTS, Choice, Point, Work, entries, gated, layers, neighbours, questions, rules, starts
+from moe_compile.tuning_layer import (
+    DTYPES,
+    LAYOUTS,
+    Choice,
+    Point,
+    Work,
+    entries,
+    gated,
+    layers,
+    neighbours,
+    questions,
+    rules,
+    starts,
+    untunable,
+)
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 GATES = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "mish")
@@ -32,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layer.add_argument("--top-k", type=int, help="experts of a token")
     layer.add_argument("--dtype", choices=DTYPES, help="default: the model's, else bfloat16")
     layer.add_argument("--layout", choices=LAYOUTS, default="eoi", help="axes of the weights; * for one tensor an expert (default: eoi)")
+    layer.add_argument("--quant", choices=KINDS, default="", help="weights are numbers of this kind with scales")
     kind = layer.add_mutually_exclusive_group()
     kind.add_argument("--gate", choices=GATES, help="an expert is down(gate(first half of up(x)) * second half) (default: silu)")
     kind.add_argument("--program", metavar="TEXT", help="what an expert computes, as in ops/program.py")
@@ -52,6 +68,8 @@ def run(args: argparse.Namespace, machine: Machine | None = None, bench: Bench |
         if args.show or args.forget:
             return (_show if args.show else _forget)(_wanted(machine))
         points = points_of(args)
+        if not points:
+            return 0
         if args.dry_run:
             return _dry_run(points)
         return _tune(points, args, _wanted(machine), bench)
@@ -79,9 +97,13 @@ def points_of(args: argparse.Namespace) -> list[Point]:
         raise ValueError(f"--tokens {' '.join(map(str, args.tokens))}: give numbers from 1 on")
     gate = args.gate or known.get("gate") or "silu"
     program = args.program or gated(gate, sizes["intermediate"])
-    work = Work(**sizes, dtype=args.dtype or known.get("dtype") or "bfloat16", layout=args.layout, program=program)
+    dtype = args.dtype or known.get("dtype") or "bfloat16"
+    work = Work(**sizes, dtype=dtype, layout=args.layout, program=program, quant=args.quant)
     layers(work)
-    return [Point(work, tokens) for tokens in sorted(set(args.tokens))]
+    points = [Point(work, tokens) for tokens in sorted(set(args.tokens))]
+    for reason in filter(None, map(untunable, points)):
+        print(reason)
+    return [point for point in points if untunable(point) is None]
 
 
 NAMES = {  # in transformers' configurations, the first that is there
@@ -276,8 +298,9 @@ def _show(machine: Machine) -> int:
         ("hidden", "inside", "experts", "top-k", "dtype", "layout", "tokens", "rules us", "tuned us", "date", "choice")
     ]
     for each in sorted(found, key=lambda point: (str(point.layer), point.tokens)):
-        sizes = tuple(str(each.layer.get(name, "?")) for name in (*SIZES, "dtype", "layout"))
-        choice = " | ".join(_answer(entry.value) for entry in each.entries if entry.key.role != tuned.ROWS)
+        kept = {**each.layer, "layout": ":".join(filter(None, (each.layer.get("layout", "?"), each.layer.get("quant", ""))))}
+        sizes = tuple(str(kept.get(name, "?")) for name in (*SIZES, "dtype", "layout"))
+        choice = " | ".join(_answer(entry.value) for entry in each.entries if not isinstance(entry.value, int))
         times = f"{each.rules:.1f}", f"{each.microseconds:.1f}"
         rows.append((*sizes, str(each.tokens), *times, each.date, choice + ("" if each.finished else " (not finished)")))
     if found:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moe_compile import tuning_scaled
 from moe_compile.ops import local_experts
 from moe_compile.ops.kernels import tuned
 from moe_compile.ops.program import parse
@@ -206,6 +207,8 @@ def parameters(work: Work, device: str = "cuda") -> tuple[list[Any], list[Any]]:
             weights += [drawn(*sizes, scale=fan_in**-0.5) for _ in range(work.experts)]
         else:
             weights.append(drawn(work.experts, *sizes, scale=fan_in**-0.5))
+    if work.quant:
+        weights = tuning_scaled.quantised(work.quant, work.layout, weights)
     return weights, [drawn(work.experts, width, scale=0.1) for width in bias_widths(work)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_compile import tuning_scaled
 from moe_compile.ops.infer import Inputs, Value, infer
 from moe_compile.ops.kernels import configs, tuned
 from moe_compile.ops.kernels.layers import Layer, Unfit, layers_of
@@ -27,7 +28,8 @@ MOST_HELD = 256  # weights of a thread in single slots
 
 @dataclass(frozen=True)
 class Work:
-    """A layer. layout: of each weight, one of LAYOUTS. program: what an expert computes of a row (ops/program.py)."""
+    """A layer. layout: of each weight, one of LAYOUTS. program: what an expert computes of a row (ops/program.py). quant: a kind of
+    ops/quantized.py that weights have, "" for plain ones."""
 
     hidden: int
     intermediate: int
@@ -36,6 +38,7 @@ class Work:
     dtype: str
     layout: str
     program: str
+    quant: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "experts", "top_k"):
@@ -47,6 +50,8 @@ class Work:
             raise ValueError(f"dtype is {self.dtype!r}; give one of {', '.join(DTYPES)}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}; give one of {', '.join(LAYOUTS)}")
+        if self.quant:
+            tuning_scaled.check(self.quant, self.dtype, self.layout)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,7 +61,7 @@ class Work:
     @property
     def layouts(self) -> str:
         """Of all weights, as the ops take it."""
-        one = self.layout.replace("*", f"*{self.experts}")
+        one = self.layout.replace("*", f"*{self.experts}") + (f":{self.quant}" if self.quant else "")
         return ",".join([one] * parse(self.program).num_weights)
 
 
@@ -162,6 +167,8 @@ def layers(work: Work) -> tuple[Layer, ...]:
     w = Value(1, torch.float32) if program.uses_w else None
     x = Value(work.hidden, work.torch_dtype)
     biases = tuple(Value(width, work.torch_dtype) for width in bias_widths(work))
+    if work.quant:
+        tuning_scaled.check_inputs(work.quant, fans(work))
     try:
         return layers_of(program, infer(program, Inputs(x, w, tuple(fans(work)), biases)))
     except Unfit as reason:
@@ -171,12 +178,23 @@ def layers(work: Work) -> tuple[Layer, ...]:
 # ---------------------------------------------------------------- questions and answers
 def is_few(point: Point) -> bool:
     """Are slots computed one by one?"""
-    return configs.few(point.tokens, point.work.top_k) and bool(layers(point.work)[0].products)
+    work = point.work
+    each = configs.few(point.tokens, work.top_k) and bool(layers(work)[0].products)
+    return each and (not work.quant or tuning_scaled.singly(work.quant, fans(work)))
+
+
+def untunable(point: Point) -> str | None:
+    """Why there is nothing to try."""
+    if point.work.quant and is_few(point):
+        return f"{point}: a token's slots with {point.work.quant} weights are computed one by one, by kernels that have nothing to tune"
+    return None
 
 
 def questions(point: Point) -> list[tuple[str, Shape]]:
     """(role, shape) of each layer with a product, as launch.py and launch_few.py ask."""
     work, few, own = point.work, is_few(point), layers(point.work)
+    if work.quant:
+        return tuning_scaled.questions(work.quant, work.layout, own, fans(work), point.slots, work.experts, work.hidden)
     axes = [slot.axes + ("" if slot.stacked else "*") for slot in parse_layout(work.layouts)]
     inner, found = work.hidden, []
     for index, layer in enumerate(own):
@@ -193,11 +211,23 @@ def rules(point: Point, rows: int = 0) -> Choice:
     """What is chosen where nothing was measured; rows: for blocks of so many."""
     asked = questions(point)
     with tuned.only(()):
+        if point.work.quant:
+            quant = point.work.quant
+            rows = rows or tuning_scaled.block_rows(quant, asked, tuning_scaled.has_roles(quant, layers(point.work)))
+            return Choice(rows, tuple(tuning_scaled.tiles(quant, role, shape, rows) for role, shape in asked))
         if is_few(point):
             along, plain = asked[0][1].layout.startswith("oi"), not layers(point.work)[-1].body
             return Choice(0, tuple(configs.strip(shape, along, "last" in role, plain=plain) for role, shape in asked))
         rows = rows or configs.block_rows(_rows_shape(point))
         return Choice(rows, tuple(configs.tiles(shape, rows, role == tuned.FIRST) for role, shape in asked))
+
+
+def _rows_entry(point: Point, rows: int) -> Entry:
+    asked, quant = questions(point), point.work.quant
+    if quant:
+        shape = tuning_scaled.rows_shape(asked, tuning_scaled.has_roles(quant, layers(point.work)))
+        return tuned.entry(tuned.SCALED_ROWS, shape, 0, rows)
+    return tuned.entry(tuned.ROWS, _rows_shape(point), 0, rows)
 
 
 def _rows_shape(point: Point) -> Shape:
@@ -207,7 +237,7 @@ def _rows_shape(point: Point) -> Shape:
 def entries(point: Point, choice: Choice) -> tuple[Entry, ...]:
     """A choice as answers to what the kernels will ask."""
     found = [tuned.entry(role, shape, choice.rows, value) for (role, shape), value in zip(questions(point), choice.layers, strict=True)]
-    return (tuned.entry(tuned.ROWS, _rows_shape(point), 0, choice.rows), *found) if choice.rows else tuple(found)
+    return (_rows_entry(point, choice.rows), *found) if choice.rows else tuple(found)
 
 
 def starts(point: Point) -> list[Choice]:
@@ -219,8 +249,13 @@ def starts(point: Point) -> list[Choice]:
 def neighbours(point: Point, choice: Choice) -> list[Choice]:
     """All that differ from a choice by one change of one layer."""
     found = []
+    roles = bool(point.work.quant) and tuning_scaled.has_roles(point.work.quant, layers(point.work))
     for index, (value, (role, shape)) in enumerate(zip(choice.layers, questions(point), strict=True)):
-        near = _near_strip(value, shape) if isinstance(value, Strip) else _near_tiles(value, shape, role == tuned.FIRST)
+        near: Iterator[Any]
+        if role in tuning_scaled.ROLES:
+            near = tuning_scaled.near_tiles(value, role, shape, roles)
+        else:
+            near = _near_strip(value, shape) if isinstance(value, Strip) else _near_tiles(value, shape, role == tuned.FIRST)
         found += [Choice(choice.rows, (*choice.layers[:index], each, *choice.layers[index + 1 :])) for each in near]
     return [each for each in dict.fromkeys(found) if each != choice]
 

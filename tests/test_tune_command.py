@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from moe_compile import cli, logs, tuning_command, tuning_journal
-from moe_compile.ops.kernels import configs, tuned, tuned_file
+from moe_compile.ops.kernels import configs, configs_scaled, tuned, tuned_file
 from moe_compile.ops.kernels.tiles import Strip, Tiles
 from moe_compile.ops.kernels.tuned import Machine
+from moe_compile.ops.quantized import KINDS, ROWS_TOO
 from moe_compile.tuning import DeviceLost, Sample, Search, TuneError
 from moe_compile.tuning_journal import Journal
 from moe_compile.tuning_layer import (
@@ -35,6 +36,7 @@ from moe_compile.tuning_layer import (
     questions,
     rules,
     starts,
+    untunable,
 )
 
 H200 = Machine("H200", "3.6")
@@ -329,6 +331,9 @@ def test_a_model_that_is_not_here_is_an_error(capsys: pytest.CaptureFixture[str]
         (["--experts", "4"], "top_k is 8"),
         (["--hidden", "0"], "hidden is 0"),
         (["--tokens", "0"], "from 1 on"),
+        (["--quant", "mxfp4", "--intermediate", "760"], "multiple of 32"),
+        (["--quant", "int8", "--layout", "oi*"], "with quantised weights"),
+        (["--quant", "int8", "--dtype", "float32"], "with quantised weights"),
         (["--program", "silu(x)"], "has no product"),
         (["--program", "mm(0, x"], "not an expression"),
     ],
@@ -353,9 +358,13 @@ def test_widths_of_programs() -> None:
         assert (fans(work), bias_widths(work)) == (sizes, biases), program
 
 
+@pytest.mark.parametrize("quant", ["", *KINDS])
 @pytest.mark.parametrize("tokens", [1, 16, 256, 4096])
-def test_what_is_tried_can_run(tokens: int) -> None:
-    point = Point(WORK, tokens)
+def test_what_is_tried_can_run(tokens: int, quant: str) -> None:
+    point = Point(replace(WORK, quant=quant), tokens)
+    if quant and tokens == 1:
+        assert (untunable(point) is None) == (quant in ("mxfp4", "int4"))
+        return
     tried = [near for start in starts(point) for near in neighbours(point, start)]
     assert len(set(tried)) > 10
     for choice in tried:
@@ -364,12 +373,47 @@ def test_what_is_tried_can_run(tokens: int) -> None:
         assert all(each.rows == choice.rows for each in choice.layers if isinstance(each, Tiles))
 
 
+def test_tiles_of_quantised_weights_keep_what_the_kernels_need() -> None:
+    for quant in KINDS:
+        point = Point(replace(WORK, quant=quant), 300)
+        for choice in (near for start in starts(point) for near in neighbours(point, start)):
+            first, last = choice.layers
+            assert (first.depth, last.depth) == (128, 128)
+            assert quant not in ROWS_TOO or first.cols == 128  # a scale of the next layer's rows
+            assert not last.swap or last.cols >= 64 * max(1, last.warps // 4)
+
+
+def test_slots_of_quantised_weights_that_are_computed_singly_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune("--quant", "int8", "--tokens", "1", "--dry-run") == 0
+    assert "nothing to tune" in capsys.readouterr().out
+    assert tune("--quant", "mxfp4", "--tokens", "1", "--dry-run") == 0
+    assert "blocks of 16 rows" in capsys.readouterr().out
+
+
+def test_calls_with_quantised_weights_take_what_was_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    work = replace(WORK, quant="mxfp4")
+    assert tune("--quant", "mxfp4", "--tokens", "256") == 0
+    (kept,) = tuned_file.points_for(H200)
+    assert kept.layer["quant"] == "mxfp4"
+    monkeypatch.setattr(tuned, "machine_of", lambda device=None: H200)
+    (rows, first, last) = kept.entries
+    (_, shape), (_, other) = questions(Point(work, 256))
+    assert configs_scaled.block_rows(shape, "fp4", False) == rows.value
+    assert configs_scaled.tiles(shape, rows.value, "fp4", False, False) == first.value
+    assert configs_scaled.tiles(other, rows.value, "fp4", False, False) == last.value
+    assert configs_scaled.tiles(replace(shape, layout="oi:int4"), 16, "int4", False, False) == configs_scaled._tiles(
+        shape, 16, "int4", False, False
+    )
+    assert tune("--show") == 0
+    assert "eoi:mxfp4" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_a_gpu_measures(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "quant"), [(1, ""), (40, ""), (40, "mxfp4"), (900, "fp8_block")])
+def test_a_gpu_measures(tokens: int, quant: str) -> None:
     from moe_compile.tuning_gpu import GpuBench
 
-    bench, point = GpuBench(workers=2), Point(Work(256, 128, 8, 2, "bfloat16", "eoi", gated("silu", 128)), tokens)
+    bench, point = GpuBench(workers=2), Point(Work(256, 128, 8, 2, "bfloat16", "eoi", gated("silu", 128), quant), tokens)
     try:
         choices = [*starts(point), *neighbours(point, rules(point))[:4]]
         failed = bench.compile(point, choices, lambda: None)

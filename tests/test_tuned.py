@@ -237,21 +237,40 @@ CHANGED_ROWS = "mm(1, relu(mm(0, x * w)))"
 
 @CASES.add(*((tokens, layout, text) for tokens in (1, 20) for layout in ("eoi", "io*") for text in (GATED, BIASED, APART, CHANGED_ROWS)))
 def what_tune_answers_is_what_the_kernels_ask(tokens: int, layout: str, text: str) -> None:
-    from moe_compile.tuning_gpu import inputs, parameters, run
-    from moe_compile.tuning_layer import Choice, Point, Work, entries, neighbours, rules, starts
+    from moe_compile.tuning_layer import Work
 
-    asked = Point(Work(24, 16, 4, 2, "float32", layout, text), tokens)
-    weights = parameters(asked.work, "cpu")
+    _compared(Work(24, 16, 4, 2, "float32", layout, text), tokens, 1e-5)
+
+
+HALVES = "mm(1, silu(cols(mm(0, x), 0, 32, 1)) * cols(mm(0, x), 32, 64, 1))"
+PAIRS = "mm(1, cols(mm(0, x), 0, 64, 2) * cols(mm(0, x), 1, 64, 2))"
+
+
+@CASES.add(
+    *((kind, text) for kind in ("mxfp4", "int4", "int8", "fp8_block", "fp8_channel_w") for text in (HALVES, PAIRS)), ("mxfp4", CHANGED_ROWS)
+)
+def so_it_is_for_quantised_weights(kind: str, text: str) -> None:
+    from moe_compile.tuning_layer import Work
+
+    _compared(Work(64, 32, 4, 2, "bfloat16", "eoi", text, kind), 20, 2e-2)
+
+
+def _compared(work: Any, tokens: int, limit: float) -> None:
+    """Choices of all sorts: each is all that the kernels ask for, and gives what the rules' choice gives."""
+    from moe_compile.tuning_gpu import inputs, parameters, run
+    from moe_compile.tuning_layer import Choice, Point, entries, neighbours, rules, starts
+
+    asked = Point(work, tokens)
+    weights = parameters(work, "cpu")
     given, own = inputs(asked, 0, "cpu"), rules(asked)
     with tuned.only(()):
-        right = run(asked.work, given, weights)
+        right = run(work, given, weights).float()
     near = neighbours(asked, own)
-    several = [near[0], near[-1], starts(asked)[-1], Choice(own.rows, own.layers)]
-    for choice in several:
+    for choice in (near[0], near[-1], starts(asked)[-1], Choice(own.rows, own.layers)):
         with tuned.only(entries(asked, choice)) as used:
-            out = run(asked.work, given, weights)
+            out = run(work, given, weights).float()
         assert used == set(entries(asked, choice)), choice
-        assert float((out - right).abs().max()) < 1e-5 * float(right.abs().max()), choice
+        assert float((out - right).abs().max()) < limit * float(right.abs().max()), choice
 
 
 test_in_interpreter = CASES.test()

@@ -1,13 +1,15 @@
 """Tiles of the GEMMs with quantised weights: policy alone, as configs.py has it for others.
 
-A tile is as deep as a scale holds (128 inputs), and has the columns of one scale of the next layer's rows (128). Weights that are turned
-into numbers in registers are the tensor core's M side, which can be read from there.
+What was measured (tuned.py) is taken first, as there. A tile is as deep as a scale holds (128 inputs), and has the columns of one scale of
+the next layer's rows (128). Weights that are turned into numbers in registers are the tensor core's M side, which can be read from there.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
+from . import tuned
 from .configs import STAGED
 from .tiles import Shape, Tiles, power
 
@@ -24,8 +26,27 @@ def few(kind: str, numbers: int) -> bool:
     return kind not in PACKED and numbers < MOST_TURNED
 
 
+def rows_shape(shape: Shape, roles: bool) -> Shape:
+    """What the rows of blocks are known by."""
+    return replace(shape, layout=f"{shape.layout}:roles") if roles else shape
+
+
+def tiles_shape(shape: Shape, pairs: bool) -> Shape:
+    """What a layer's tiles are known by."""
+    return replace(shape, layout=f"{shape.layout}:pairs") if pairs else shape
+
+
+def tiles_role(quantised_next: bool) -> str:
+    return tuned.SCALED_INNER if quantised_next else tuned.SCALED
+
+
 def block_rows(shape: Shape, kind: str, roles: bool) -> int:
     """Rows of a block, all layers of a call share them. roles: of warps in the kernel for many rows (scaled_hopper.py)."""
+    found: int = tuned.chosen(tuned.SCALED_ROWS, rows_shape(shape, roles), 0, lambda: _block_rows(shape, kind, roles))
+    return found
+
+
+def _block_rows(shape: Shape, kind: str, roles: bool) -> int:
     rows = shape.slots / max(1, shape.experts)
     if rows <= 8:
         return 16
@@ -35,7 +56,14 @@ def block_rows(shape: Shape, kind: str, roles: bool) -> int:
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
-    """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products.
+    """kind: "fp8", "e4m3", "int8", "int4" or "fp4"; pairs: one tile holds the columns of two products."""
+    rule = functools.partial(_tiles, shape, rows, kind, pairs, quantised_next)
+    found: Tiles = tuned.chosen(tiles_role(quantised_next), tiles_shape(shape, pairs), rows, rule)
+    return found
+
+
+def _tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
+    """As tiles.
 
     In e4m3 each step's sum is added up outside the tensor core, which others use meanwhile: programs share a multiprocessor. They do too
     where weights become numbers in registers, four warps for 64 columns: what a group of four multiplies at a time.

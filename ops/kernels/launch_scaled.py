@@ -62,6 +62,7 @@ class Operands(NamedTuple):
     inner: int
     units: int
     steps: int
+    layout: str  # axes and kind of the weights, for Shape
 
 
 def run(
@@ -87,9 +88,14 @@ def block_rows(layers: tuple[Layer, ...], weights: list[Quantized], slots: int, 
     layers = tuple(each for each in layers if each.products)
     every = [operands_of(layer, weights) for layer in layers]
     own, layer = every[0], layers[0]
-    shape = Shape(slots, num_experts, own.inner, layer.width, len(layer.products), layer.operand.itemsize)
+    shape = _shape(layer, own, slots, num_experts)
     roles = all(launch_hopper.suits(each, its, weights[0].values.device) for each, its in zip(layers, every, strict=True))
     return configs_scaled.block_rows(shape, own.kind, roles)
+
+
+def _shape(layer: Layer, own: Operands, slots: int, num_experts: int) -> Shape:
+    device = own.values[0].device
+    return Shape(slots, num_experts, own.inner, layer.width, len(layer.products), layer.operand.itemsize, own.layout, device)
 
 
 def on_a_gpu(device: Any) -> bool:
@@ -192,7 +198,7 @@ def _layer(
     out = _room(layer, follows, plan)
     if not out.values.numel():
         return out
-    shape = Shape(plan.likely, plan.counts.shape[0], own.inner, layer.width, len(layer.products), layer.operand.itemsize)
+    shape = _shape(layer, own, plan.likely, plan.counts.shape[0])
     t = configs_scaled.tiles(shape, plan.block_rows, own.kind, own.form == "pairs", out.scales is not None)
     if launch_hopper.takes(layer, own, rows, out, plan):
         launch_hopper.run(layer, own, rows, out, plan, t.group)
@@ -289,9 +295,10 @@ def operands_of(layer: Layer, weights: list[Quantized]) -> Operands:
     mode = "inner" if first.kind == "mxfp4" else "step" if first.grouped else "once"
     group = 32 if mode == "inner" else BLOCK
     return Operands(
-        KINDS[first.kind], _form(layer, first), values, (*_strides(values[0], first.axes), *_strides(values[1], first.axes)),
+        KINDS[first.kind], form_of(layer, first.fan[1]), values, (*_strides(values[0], first.axes), *_strides(values[1], first.axes)),
         (first.scales, second.scales), (*_scale_strides(first), *_scale_strides(second)), per, mode,
         BLOCK if first.stored == "fp8_block" else 1, first.axes == "io", inner, -(-inner // per), -(-inner // group),
+        f"{first.axes}:{first.kind}",
     )  # fmt: skip
 
 
@@ -299,12 +306,12 @@ def _words(q: Quantized) -> str:
     return f"{q.kind} {q.axes} with {q.fan[0]} inputs" + (" in groups" if q.grouped else "")
 
 
-def _form(layer: Layer, first: Quantized) -> str:
-    """See grouped_gemm.py; halves are two products apart here, each with its scales."""
+def form_of(layer: Layer, outputs: int) -> str:
+    """See grouped_gemm.py; halves are two products apart here, each with its scales. outputs: of the first product's weight."""
     if len(layer.products) == 1:
         return "one"
     a, b = layer.products
-    if a.of == b.of and first.fan[1] == 2 * layer.width and (a.start, a.step, b.start, b.step) == (0, 2, 1, 2):
+    if a.of == b.of and outputs == 2 * layer.width and (a.start, a.step, b.start, b.step) == (0, 2, 1, 2):
         return "pairs"
     return "apart"
 

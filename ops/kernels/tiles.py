@@ -40,8 +40,8 @@ class Tiles:
 class Shape:
     """What tiles are chosen by: slots N, experts E, inner width, columns of each product, products at a time, bytes of an element.
 
-    layout: how the weights lie, "oi" or "io", with "*" behind it for one tensor an expert; "" is not known. device: the torch.device
-    that computes; None is the current one.
+    layout: how the weights lie, "oi" or "io", with "*" behind it for one tensor an expert, or ":" and the kind of quantised ones (and
+    what else their tiles depend on, configs_scaled.py); "" is not known. device: the torch.device that computes; None is the current one.
     """
 
     slots: int

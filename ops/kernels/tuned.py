@@ -16,7 +16,8 @@ from .tiles import Shape, Strip, Tiles
 
 ROWS, FIRST, NEXT = "rows", "first", "next"  # rows of a call's blocks; tiles of the layer that reads x through slots, and of others
 FEW = ("few", "few last", "few across", "few last across")  # strips of single slots
-ROLES = (ROWS, FIRST, NEXT, *FEW)
+SCALED_ROWS, SCALED, SCALED_INNER = "scaled rows", "scaled", "scaled inner"  # with quantised weights; of rows that are quantised again
+ROLES = (ROWS, FIRST, NEXT, *FEW, SCALED_ROWS, SCALED, SCALED_INNER)
 REACH = 2.0  # times more or fewer slots than measured
 MOST_KNOWN = 4096  # choices that are remembered
 
@@ -45,7 +46,7 @@ class Key(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One answer: block rows (role "rows"), Tiles, or a Strip (few). layout: as in Shape; "" holds for any."""
+    """One answer: block rows (roles "rows"), Tiles, or a Strip (few). layout: as in Shape; "" holds for any."""
 
     key: Key
     layout: str

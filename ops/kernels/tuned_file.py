@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from .tiles import Strip, Tiles
-from .tuned import FEW, ROLES, ROWS, Entry, Key, Machine, forget
+from .tuned import FEW, ROLES, ROWS, SCALED_ROWS, Entry, Key, Machine, forget
 
 FORMAT = 1
-SOURCES = ("grouped_gemm.py", "gemv.py", "rows.py", "epilogue.py", "pointwise.py", "launch.py", "launch_few.py", "layers.py")
+SOURCES = (
+    "grouped_gemm.py", "gemv.py", "rows.py", "epilogue.py", "pointwise.py", "launch.py", "launch_few.py", "layers.py", "scaled_gemm.py",
+    "scaled_rows.py", "scaled_hopper.py", "unpack.py", "launch_scaled.py", "launch_hopper.py",
+)  # fmt: skip
 WAY_OUT = "`moe-compile tune` measures anew, `moe-compile tune --forget` deletes what is there"
 
 
@@ -130,8 +133,8 @@ def entry_from(data: dict[str, Any]) -> Entry:
     key = Key(*(data[name] for name in Key._fields))
     if key.role not in ROLES or not all(type(number) is int and number >= 0 for number in (*key[1:], data["slots"])):
         raise ValueError(f"no such choice: {data}")
-    value = data["value"] if key.role == ROWS else value_from(data["value"], Strip if key.role in FEW else Tiles)
-    if key.role == ROWS and not _power(value, 16):
+    value = data["value"] if key.role in (ROWS, SCALED_ROWS) else value_from(data["value"], Strip if key.role in FEW else Tiles)
+    if key.role in (ROWS, SCALED_ROWS) and not _power(value, 16):
         raise ValueError(f"blocks of {value!r} rows, they have a power of two from 16 on")
     if isinstance(value, Tiles) and value.rows != key.rows:
         raise ValueError(f"tiles of {value.rows} rows for blocks of {key.rows}")
