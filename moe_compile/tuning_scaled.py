@@ -31,6 +31,8 @@ def check(quant: str, dtype: str, layout: str) -> None:
         raise ValueError(f"dtype is {dtype!r} with quantised weights; give one of {', '.join(DTYPES)}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r} with quantised weights; give one of {', '.join(LAYOUTS)}")
+    if quant == "mxfp4" and layout != "eoi":
+        raise ValueError(f"layout is {layout!r}, mxfp4 weights have inputs next to each other: give eoi")
 
 
 def check_inputs(quant: str, fans: Sequence[tuple[int, int]]) -> None:

@@ -57,10 +57,14 @@ def wanted(name: str, s: Sizes, x: Any, ids: Any, route_w: Any, weights: list[An
     return reference(down(name, "x", 0, 0), h, *each, weights[-1:], biases[1:], 1).view(s.tokens, s.top_k, s.hidden)
 
 
-def parameters(name: str, kind: str, axes: str, group: int, s: Sizes, g: torch.Generator) -> tuple[list[Quantized], list[torch.Tensor]]:
+def parameters(
+    name: str, kind: str, axes: str, group: int, s: Sizes, g: torch.Generator, by: float = 1.0
+) -> tuple[list[Quantized], list[torch.Tensor]]:
+    """by: times the first weights, and the last ones are divided by it."""
     wide = s.inter if name in ("apart", "one") else 2 * s.inter
     shapes = [(wide, s.hidden)] * (2 if name == "apart" else 1) + [(s.hidden, s.inter)]
     weights = [torch.randn((s.experts, *shape), generator=g) / shape[1] ** 0.5 for shape in shapes]
+    weights[0], weights[-1] = weights[0] * by, weights[-1] / by
     weights = [w.transpose(1, 2) if axes == "io" else w for w in weights]
     biases = [torch.randn((s.experts, width), generator=g) for width in (wide, s.hidden)] if name == "biased" else []
     return [quantize_weights(w, kind, axes=axes, group=group) for w in weights], biases
@@ -77,12 +81,12 @@ def program_layers(name: str, s: Sizes, x: Any, weights: list[Any], biases: list
 
 def run(
     name: str, kind: str, s: Sizes = SMALL, *, axes: str = "oi", group: int = 128, block: int = 16, dtype: torch.dtype = torch.float32,
-    routing: str = "holes", sent: str = "",
+    routing: str = "holes", sent: str = "", by: float = 1.0,
 ) -> None:  # fmt: skip
     """sent: rows come e4m3, with scales of 128 columns ("groups") or of a row ("rows")."""
     device, dtype = where(dtype)
     g = torch.Generator().manual_seed(0)
-    weights, biases = parameters(name, kind, axes, group, s, g)
+    weights, biases = parameters(name, kind, axes, group, s, g, by)
     x, w = torch.randn((s.tokens, s.hidden), generator=g).to(dtype), torch.rand((s.tokens, s.top_k), generator=g)
     ids = routed(s, routing, g)
     dense = [dequantize(q).transpose(1, 2) if axes == "io" else dequantize(q) for q in weights]
@@ -201,6 +205,11 @@ def weighted_rows(kind: str) -> None:
     want = reference("relu(mm(0, x))", each, ids.reshape(-1, 1), w.reshape(-1, 1), [dequantize(q)], [], 1)[:, 0]
     got = launch.to_slots(y, plan, ids.numel()).cpu()
     assert float((got - want).abs().max() / want.abs().max()) < max(LIMITS[dtype], 5e-3)
+
+
+@CASES.add(*((kind, block, power) for kind in ("mxfp4", "int4") for block in (16, 128) for power in (60, -60)))
+def scales_far_from_one(kind: str, block: int, power: int) -> None:
+    run("one", kind, block=block, by=2.0**power)
 
 
 @CASES.add(("fp8_block", 16), ("fp8_channel", 16), ("fp8_block", 128))

@@ -334,6 +334,7 @@ def test_a_model_that_is_not_here_is_an_error(capsys: pytest.CaptureFixture[str]
         (["--quant", "mxfp4", "--intermediate", "760"], "multiple of 32"),
         (["--quant", "int8", "--layout", "oi*"], "with quantised weights"),
         (["--quant", "int8", "--dtype", "float32"], "with quantised weights"),
+        (["--quant", "mxfp4", "--layout", "eio"], "give eoi"),
         (["--program", "silu(x)"], "has no product"),
         (["--program", "mm(0, x"], "not an expression"),
     ],
