@@ -224,7 +224,8 @@ def weights_of(layer: Layer, weights: Params, t: configs.Tiles | None = None, tu
         return Weights("table", "apart" if form == "halves" else form, (tables[0], tables[-1]), strides, transposed, tensors[0].dtype)
     if t is not None and t.described and _boxed(layer, form, tensors, transposed):
         cols = t.cols * (2 if form == "pairs" else 1)
-        if form == "halves" and not transposed and not t.swap:  # of both halves at once, Triton would bring the M side through registers
+        # with swap, both halves in one box would go through registers, which the next step's would overwrite (docs/kernels.md)
+        if form == "halves" and not transposed and not t.swap:
             tensor = tensors[0]
             view = tensor.view(2 * tensor.shape[0], tensor.shape[1] // 2, tensor.shape[2]) if tensor.is_contiguous() else None
             if view is not None:

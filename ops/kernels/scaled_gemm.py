@@ -113,10 +113,9 @@ def _step(
         acc = _scaled(part, acc, w_scales, a_scales, W_SCALES, A_SCALES, SWAP)
     else:
         acc = dot(x, w, acc, SWAP, PRECISION)
-        if (
-            ASSEMBLY & SWAP
-        ):  # reads the sum, so that Triton waits for it: else the next step's numbers overwrite the registers it is made of
-            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)  # is no instruction
+        # Reads the sum, so that Triton waits for it: else the next step's numbers overwrite the registers it is made of. No instruction.
+        if ASSEMBLY & SWAP:
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return acc
 
 
