@@ -20,6 +20,7 @@ LAYOUTS = ("eoi", "eio")
 MOST_STAGES = 6
 GROUPS = (1, 4, 8, 16)
 MULTIPLIED = 64  # columns that four warps multiply at a time; fewer are computed twice
+MOST_COLS, MOST_PACKED = 256, 128  # of numbers of 4 bits: rows behind a layer are ordered within 128 columns
 ROLES = (tuned.SCALED, tuned.SCALED_INNER)
 
 
@@ -104,8 +105,9 @@ def near_tiles(t: Tiles, role: str, shape: Shape, roles: bool) -> Iterator[Tiles
 def _sane(t: Tiles, before: Tiles, role: str, shape: Shape) -> Iterator[Tiles]:
     both = t.cols * (2 if shape.layout.endswith(":pairs") else 1)
     held = t.rows * t.cols * shape.products / (32 * max(1, t.warps))
-    whole = not t.swap or both >= MULTIPLIED * max(1, t.warps // 4)
-    sizes = 16 <= t.cols <= 256 and 2 <= t.warps <= 8 and 1 <= t.stages <= MOST_STAGES and held <= 128
+    whole = not t.swap or both >= MULTIPLIED * t.warps // 4
+    most = MOST_PACKED if KINDS[shape.layout.split(":")[1]] in configs_scaled.PACKED else MOST_COLS
+    sizes = 16 <= t.cols <= most and 2 <= t.warps <= 8 and 1 <= t.stages <= MOST_STAGES and held <= 128
     if sizes and whole and (role != tuned.SCALED_INNER or t.cols == before.cols):
         yield t
 

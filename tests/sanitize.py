@@ -36,7 +36,7 @@ CHOSEN = {
         "from_counts-37-*",
     ),
     "test_scaled_kernels": (
-        "programs-halves-*", "programs-biased-mxfp4", "odd_sizes-*", "blocks-fp8_block", "one_scale_an_output-int4-*",
+        "programs-halves-*", "programs-biased-mxfp4", "odd_sizes-*", "blocks-fp8_*", "blocks-mxfp4", "one_scale_an_output-int4-*",
         "rows_that_were_sent-*", "one_token-*-oi-128",
     ),
     "test_batched_experts": (

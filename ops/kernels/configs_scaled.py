@@ -16,6 +16,8 @@ from .tiles import Shape, Tiles, power
 DEPTH = 128
 COLS = 128
 STAGES = 3  # more programs of a multiprocessor hide more than more tiles under way in each
+DEEPER = 5  # but not where a last layer's programs are fewer than multiprocessors, as for one token
+PROCESSORS = 132  # of an H100 or H200
 MOST_TURNED = 1 << 24
 PACKED = ("int4", "fp4")
 
@@ -52,7 +54,7 @@ def _block_rows(shape: Shape, kind: str, roles: bool) -> int:
         return 16
     if rows <= (40 if kind == "fp8" else 24):
         return 32
-    return 128 if rows > 64 and (roles or kind in PACKED) else 64
+    return 128 if roles or (rows > 64 and kind in PACKED) else 64
 
 
 def tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool) -> Tiles:
@@ -72,7 +74,8 @@ def _tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool
     cols = COLS // 2 if pairs and not quantised_next else COLS
     if kind == "fp8":
         warps = 4 if few or (rows == 64 and cols * (2 if pairs else 1) <= COLS) else 8
-        t = Tiles(rows, cols, DEPTH, warps, 3 if few else 2, 1 if few else 8, swap=few, early=few)
+        alone = not quantised_next and -(-shape.width // cols) * min(shape.slots, shape.experts) < PROCESSORS
+        t = Tiles(rows, cols, DEPTH, warps, (DEEPER if alone else STAGES) if few else 2, 1 if few else 8, swap=few, early=few)
     else:
         cols = cols if (few and kind != "fp4") or quantised_next else cols // 2
         t = Tiles(rows, cols, DEPTH, 4, STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)

@@ -104,8 +104,15 @@ def cos(a):
 
 
 @triton.jit
+def _root(a):
+    """The square root of sigmoid(a). A division and exp see to ends of their range that do not matter here, which takes twice as long."""
+    return tl.rsqrt(1 + tl.exp2(a * -1.4426950408889634))
+
+
+@triton.jit
 def sigmoid(a):
-    return 1 / (1 + tl.exp(-a))
+    root = _root(a)
+    return root * root
 
 
 @triton.jit
@@ -176,7 +183,8 @@ def ne(a, b):
 
 @triton.jit
 def silu(a):
-    return a / (1 + tl.exp(-a))
+    root = _root(a)
+    return a * root * root
 
 
 @triton.jit

@@ -216,6 +216,7 @@ def _store(
         result = e4m3(result * (1 / scales)[:, None], BY_HAND)
         tl.store(out_scales + n.to(tl.int64) * scale_stride + rows, scales, mask=(rows >= 0) & (n * BN < WIDTH))
     if RUNS > 1:
+        tl.static_assert(BN <= 128, "runs are of 128 columns")
         result = result.reshape(BM, BN // RUNS, RUNS).permute(0, 2, 1).reshape(BM, BN)
         j = in_runs(n * BN, BN, RUNS)
     if STORE == "tma":

@@ -14,6 +14,7 @@ Gluon is Triton's language for kernels with explicit layouts; Triton's interpret
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -22,6 +23,7 @@ from .grouped_gemm import pick
 
 bring = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9's names, and those before
 take = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+NAN = gl.constexpr(tl.PropagateNan.ALL)
 PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # from Triton 3.9 on
 
 
@@ -145,13 +147,19 @@ def _by_column(acc, s, START: gl.constexpr, cols, WIDTH, stride_o, W_SCALES: gl.
 
 
 @gluon.jit
+def _larger(a, b):
+    """Of both, or NaN."""
+    return gl.maximum(a, b, propagate_nan=NAN)
+
+
+@gluon.jit
 def _store(out, room, out_scales, result, row0, rows, n, cols, WIDTH, scale_stride, OUT: gl.constexpr):
     """64 rows of a column tile, in the form that the next layer reads."""
     if OUT == "fp8":
         result = gl.where((cols < WIDTH)[None, :], result, 0.0)
-        amax = gl.max(gl.where(result == result, gl.maximum(result, -result), float("inf")), 1)
+        amax = gl.reduce(gl.abs(result), 1, _larger)
         scales = gl.where(amax > 0, amax / 448.0, 1.0) + (amax - amax)  # as scaled_rows.scales_of
-        result = gl.minimum(gl.maximum(result * (1 / scales)[:, None], -448.0), 448.0)
+        result = result * (1 / scales)[:, None]  # beyond 448 the conversion takes 448
         gl.store(out_scales + n.to(gl.int64) * scale_stride + rows, scales, mask=(rows >= 0) & (n * 128 < WIDTH))
     tma.store_wait(0)
     room.store(result.to(out.dtype))
