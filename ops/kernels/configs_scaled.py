@@ -20,6 +20,7 @@ DEEPER = 5  # but not where a last layer's programs are fewer than multiprocesso
 PROCESSORS = 132  # of an H100 or H200
 MOST_TURNED = 1 << 24
 PACKED = ("int4", "fp4")
+BY_WARP = ("int8", "fp4")  # few rows are faster where each warp multiplies by itself (mma.sync: programs of fewer than four warps)
 
 
 def few(kind: str, numbers: int) -> bool:
@@ -68,7 +69,7 @@ def _tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool
     """As tiles.
 
     In e4m3 each step's sum is added up outside the tensor core, which others use meanwhile: programs share a multiprocessor. They do too
-    where weights become numbers in registers, four warps for 64 columns: what a group of four multiplies at a time.
+    where weights become numbers in registers, four warps for 64 columns: what a group of four multiplies at a time; or two, see BY_WARP.
     """
     few = rows <= 32
     cols = COLS // 2 if pairs and not quantised_next else COLS
@@ -77,8 +78,9 @@ def _tiles(shape: Shape, rows: int, kind: str, pairs: bool, quantised_next: bool
         alone = not quantised_next and -(-shape.width // cols) * min(shape.slots, shape.experts) < PROCESSORS
         t = Tiles(rows, cols, DEPTH, warps, (DEEPER if alone else STAGES) if few else 2, 1 if few else 8, swap=few, early=few)
     else:
-        cols = cols if (few and kind != "fp4") or quantised_next else cols // 2
-        t = Tiles(rows, cols, DEPTH, 4, STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
+        by_warp = rows == 16 and kind in BY_WARP
+        cols = cols if (few and kind != "fp4" and not by_warp) or quantised_next else cols // 2
+        t = Tiles(rows, cols, DEPTH, 2 if by_warp else 4, STAGES, 1 if few else 8, swap=True, early=few, spread=rows >= 64)
     while t.stages > 2 and staged(t, shape, kind, pairs) > STAGED:
         t = replace(t, stages=t.stages - 1)
     return t
