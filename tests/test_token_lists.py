@@ -30,6 +30,7 @@ def test_what_is_refused_runs_as_it_was(name):
     torch._dynamo.reset()
     module = build(TRAPS[name][0])
     fast = moe_compile.compile(module, inner="eager")
-    for seed, n in enumerate((5, 6, LIMIT * 3)):
+    most = 24 if name == "GoneThrough" else LIMIT * 3  # Dynamo unrolls a loop over tokens, which takes it half a minute for 300
+    for seed, n in enumerate((5, 6, most)):
         with torch.no_grad():
             torch.testing.assert_close(fast(tokens(n, seed)), module(tokens(n, seed)))
