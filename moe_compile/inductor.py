@@ -58,9 +58,10 @@ def wrapper(options: Options) -> Any:
 
 
 class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is Any to mypy
-    """No pass of its own: puts the ops' sources into the key of Inductor's caches, which do not look into custom ops.
+    """Puts the ops' sources into the key of Inductor's caches, which do not look into custom ops; last of all passes, calls ops without
+    their autograd.
 
-    user: the passes that stood in its place in the configuration. They run, and key the cache as before.
+    user: the passes that stood in its place in the configuration. They run before, and key the cache as before.
     """
 
     def __init__(self, options: Options, user: Any) -> None:
@@ -71,6 +72,7 @@ class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is
         for user_pass in self._user:
             inference = {"is_inference": is_inference} if _knows_inference(user_pass) else {}
             user_pass(graph, **inference)
+        _below_autograd(graph)
 
     def uuid(self) -> str | None:
         """A digest of the ops' sources, the options and the user's passes; None (do not cache) if one has no uuid."""
@@ -81,6 +83,15 @@ class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is
             return None
         facts = (source_hash(), self._options.quant, _parallel_key(self._options.parallel), keys)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _below_autograd(graph: Graph) -> None:
+    """Such a graph is run below autograd, and each op's way through it would only cost time."""
+    from moe_compile.ops._register import twin_below
+
+    for node in graph.nodes:
+        twin = twin_below(node.target) if node.op == "call_function" else None
+        node.target = twin or node.target
 
 
 def _parallel_key(parallel: Any) -> Any:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from . import replay
+
 NAMESPACE = "moe_compile"
+BELOW = "_below_autograd"  # behind the name of an op with gradients: the same without, one dispatch less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Op:
 
     name: its name in torch.ops.moe_compile; schema: its full schema text; kernel, fake: as torch.library takes them.
     autograd: the kernel of the Autograd key: an autograd.Function around the op below Autograd. None for an op that is
-    only called below it. composite: the kernel is torch code that is traced through.
+    only called below it. composite: the kernel is torch code that is traced through. replays: may a call on a
+    GPU with such arguments be replayed (replay.py)? It decides by nothing but sizes, strides, dtypes, devices, alignment and constants.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Op:
     autograd: Callable[..., Any] | None = None
     composite: bool = False
     tags: tuple[Any, ...] = ()
+    replays: Callable[[tuple[Any, ...]], bool] | None = None
 
     @property
     def overload(self) -> Any:
@@ -43,10 +48,11 @@ def register_op(
     *,
     composite: bool = False,
     tags: tuple[Any, ...] = (),
+    replays: Callable[[tuple[Any, ...]], bool] | None = None,
 ) -> Op:
     """Registers a functional op, or replaces the implementation of one registered with the same schema.
 
-    tags: of torch.Tag, beside pt2_compliant_tag.
+    tags: of torch.Tag, beside pt2_compliant_tag. replays: as in Op.
 
     torch keeps the first registration when a module is imported twice (a reload, a second copy on sys.path) and
     says nothing. So torch gets trampolines that look the op up in a table owned by torch.ops.moe_compile, and a
@@ -54,7 +60,7 @@ def register_op(
 
     Raises RuntimeError if the name is registered with another schema.
     """
-    op = Op(schema[: schema.index("(")], schema, kernel, fake, autograd, composite, tags)
+    op = Op(schema[: schema.index("(")], schema, kernel, fake, autograd, composite, tags, replays)
     table = _table()
     old = table.get(op.name)
     if old is not None and old[0].schema != schema:
@@ -80,6 +86,15 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def twin_below(overload: Any) -> Any:
+    """The op that Inductor's graphs call in place of one of ours, where nothing is left of autograd: 5 us less. None if it has none."""
+    name = overload._schema.name.removeprefix(NAMESPACE + "::") if getattr(overload, "namespace", "") == NAMESPACE else ""
+    found = _table().get(name)
+    if found is None or found[0].autograd is None:
+        return None
+    return getattr(getattr(torch.ops, NAMESPACE), name + BELOW).default
+
+
 def _table() -> dict[str, tuple[Op, Library]]:
     """Ops by name, on torch's own namespace object so that a second import of this module finds them."""
     namespace = vars(getattr(torch.ops, NAMESPACE))
@@ -100,13 +115,19 @@ def _define(op: Op) -> Library:
             return tuple([] if i in lists and arg is None else arg for i, arg in enumerate(args))
         return args
 
+    def compute(args: tuple[Any, ...]) -> Any:
+        found = table[name][0]
+        if found.replays is not None and found.replays(args):
+            return replay.call(name, found.kernel, args)
+        return found.kernel(*args)
+
     def kernel(*args: Any) -> Any:
         args = with_lists(args) if lists else args
         if torch._C._is_any_autocast_enabled():
             # Casts are part of an op's program; the region's autocast must not be applied a second time.
             with torch._C._DisableAutocast():
-                return table[name][0].kernel(*args)
-        return table[name][0].kernel(*args)
+                return compute(args)
+        return compute(args)
 
     def autograd(*args: Any) -> Any:
         args = with_lists(args) if lists else args
@@ -116,8 +137,12 @@ def _define(op: Op) -> Library:
     if op.composite:
         library.impl(name, kernel, "CompositeImplicitAutograd")
         return library
-    library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: table[name][0].fake(*args), lib=library)
+    own = [name]
     if op.autograd is not None:
         library.impl(name, autograd, "Autograd")
+        library.define(op.schema.replace(name, name + BELOW, 1), tags=(torch.Tag.pt2_compliant_tag, *op.tags))
+        own.append(name + BELOW)
+    for each in own:
+        library.impl(each, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{each}", lambda *args: table[name][0].fake(*args), lib=library)
     return library

@@ -340,9 +340,9 @@ def _backward_fake(grad: Any, saved: list[Any], *args: Any) -> list[Any]:
     return empty_grads(prepare(*inputs), needs_grad)
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _autograd)
-SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake)
-BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd, replays=registry.replays("experts", -1))
+SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake, replays=registry.replays("experts", -2))
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake, replays=registry.replays("experts", -2))
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -133,9 +133,9 @@ def _autograd(*args: Any) -> Any:
     return combine.OP.overload(y_TKO, combine_weights, [], out_dtype, "local")
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _autograd)
-SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake)
-BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd, replays=registry.replays("experts", -1))
+SAVING_OP = register_op(SAVING_SCHEMA, _saving_kernel, _saving_fake, replays=registry.replays("experts", -2))
+BACKWARD_OP = register_op(BACKWARD_SCHEMA, _backward_kernel, _backward_fake, replays=registry.replays("experts", -2))
 
 
 def sample_inputs(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[tuple[Any, ...]]:

@@ -296,4 +296,4 @@ KERNELS = {name: _on_its_device(kernel) for name, kernel in _KERNELS.items()} | 
     LAST: last_of,
     SHARED: shared_types,
 }
-PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports))
+PROVIDER = registry.register(registry.Provider("triton", "experts", KERNELS, cost, supports, replays=True))

@@ -128,5 +128,5 @@ def apply(num_weights: int, rest: tuple[Any, ...], tensors: Sequence[Any]) -> An
     return _Sum.apply(num_weights, rest, needs, tuple(of), done, *tokens, *fixed)
 
 
-REVERSE_OP = register_op(REVERSE_SCHEMA, _reverse_kernel, _reverse_fake)
-GRADIENTS_OP = register_op(GRADIENTS_SCHEMA, _gradients_kernel, _gradients_fake)
+REVERSE_OP = register_op(REVERSE_SCHEMA, _reverse_kernel, _reverse_fake, replays=registry.replays("experts", -2))
+GRADIENTS_OP = register_op(GRADIENTS_SCHEMA, _gradients_kernel, _gradients_fake, replays=registry.replays("experts", -2))

@@ -55,6 +55,8 @@ class Provider:
     kernels: op name -> implementation, called by that op with its prepared arguments.
     supports: None if the provider can take the problem, else the reason, with value and limit, why not.
     cost: estimated microseconds of one forward, comparable within a stage.
+    replays: its kernels decide by sizes, strides, dtypes, devices, alignment and constants, and start kernels by replay.start alone, so
+    that calls may be replayed.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Provider:
     kernels: Mapping[str, Callable[..., Any]]
     cost: Callable[[Problem], float]
     supports: Callable[[Problem], str | None] = _anything
+    replays: bool = False
 
 
 _providers: dict[tuple[str, str], Provider] = {}
@@ -97,3 +100,13 @@ def kernel(stage: str, name: str, op: str) -> Callable[..., Any]:
     if found is None:
         raise ValueError(f"provider {name!r} of stage {stage!r} does not implement {op}")
     return found
+
+
+def replays(stage: str, at: int) -> Callable[[tuple[Any, ...]], bool]:
+    """Of an op's arguments: may calls of the provider that stands at that place among them be replayed?"""
+
+    def asked(args: tuple[Any, ...]) -> bool:
+        found = _providers.get((stage, args[at]))
+        return found is not None and found.replays
+
+    return asked

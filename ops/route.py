@@ -259,7 +259,7 @@ class _Inline(_Differentiable):
         return weights, ids
 
 
-OP = register_op(SCHEMA, _kernel, _fake, _autograd)
+OP = register_op(SCHEMA, _kernel, _fake, _autograd, replays=lambda args: not _by_torch.get())
 INLINE_OP = register_composite(SCHEMA.replace(NAME, NAME + "_inline"), _Inline.apply)
 
 

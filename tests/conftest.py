@@ -41,6 +41,19 @@ def _has_cpp_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
+@pytest.fixture(autouse=True)
+def replays(request: pytest.FixtureRequest):
+    """Calls are computed anew, as tests change what kernels are chosen by; with the mark `replays` they are as users have them."""
+    from moe_compile.ops import replay
+
+    replay.forget()
+    if request.node.get_closest_marker("replays"):
+        yield
+        return
+    with replay.paused():
+        yield
+
+
 @pytest.fixture
 def fresh_dynamo():
     """Dynamo without compiled code from earlier tests, and a compiler that tells everything again."""

@@ -88,6 +88,19 @@ def test_users_own_pass_runs_and_keys_the_cache():
     assert key(user=mine) == key(user=[Keyed("mine")]) != key(user=Keyed("other")) != key()
 
 
+def test_ops_with_gradients_are_called_below_autograd_after_the_users_passes():
+    from moe_compile.ops import grouped, route
+
+    graph, seen = torch.fx.Graph(), []
+    x = graph.placeholder("x")
+    for target in (route.OP.overload, torch.ops.aten.neg.default, grouped.OP.overload):
+        x = graph.call_function(target, (x,))
+    SourcesInCacheKey(Options(), lambda graph: seen.extend(node.target for node in graph.nodes))(graph)
+    assert seen[1] is route.OP.overload
+    targets = [str(node.target) for node in graph.nodes][1:]
+    assert targets == ["moe_compile.route_below_autograd.default", "aten.neg.default", str(grouped.OP.overload)]
+
+
 def test_users_pass_without_a_key_means_no_caching():
     assert key(user=lambda graph: None) is None
 

@@ -11,7 +11,7 @@ from corpus.hf_zoo import MOE_LAYERS, ZOO, first_tensor
 
 import moe_compile
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo")]
+pytestmark = [pytest.mark.gpu, pytest.mark.replays, pytest.mark.usefixtures("fresh_dynamo")]
 NAMES = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"]
 
 

@@ -81,6 +81,28 @@ def test_another_schema_under_a_registered_name_is_an_error() -> None:
         _register.register_op("combine(Tensor y) -> Tensor", lambda y: y, lambda y: y)
 
 
+def test_each_op_with_gradients_has_a_twin_without_and_no_other_has_one() -> None:
+    table = _register._table()
+    for name, (op, _) in table.items():
+        twin = _register.twin_below(op.overload)
+        assert (twin is None) == (op.autograd is None), name
+        if twin is not None:
+            assert str(twin._schema) == str(op.overload._schema).replace(name, name + _register.BELOW, 1)
+            assert not twin.has_kernel_for_dispatch_key(torch._C.DispatchKey.AutogradCPU)
+    assert _register.twin_below(torch.ops.aten.add.Tensor) is None
+    assert _register.twin_below(torch.add) is None
+
+
+def test_a_twin_computes_the_same_for_real_and_fake_tensors() -> None:
+    from moe_compile.ops import route
+
+    for args in route.sample_inputs():
+        twin = _register.twin_below(route.OP.overload)
+        for got, wanted in zip(twin(*args), route.OP.overload(*args), strict=True):
+            assert torch.equal(got, wanted)
+        torch.library.opcheck(twin, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_source_hash_is_stable_and_covers_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.source_hash() == ops.source_hash()
     read: list[str] = []

@@ -12,7 +12,7 @@ from triton_cases import HALVES
 import moe_compile.ops  # noqa: F401  registers torch.ops.moe_compile
 from moe_compile.ops.quantized import KINDS, ROWS_TOO, Quantized, dequantize, quantize_weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.replays]
 EXPERTS, TOP_K, REPEATS = 32, 8, 12
 SIZES = {"small": (2048, 768), "large": (4096, 3584)}
 TOKENS = {"small": (1, 96, 1024, 8192), "large": (700, 4096)}

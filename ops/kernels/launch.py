@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_compile.ops.layout import Params
+from moe_compile.ops.replay import start
 
 from . import configs, fitting
 from .layers import Columns, Layer
@@ -119,7 +120,8 @@ def _launch(
     kept = [*z, *_boxes_of_saved(layer, z, t), *(0 if each is None else each.stride(0) for each in z)]
     num_tiles = triton.cdiv(layer.width, t.cols)
     programs = in_turn(t, layer, plan, rows.device) if t.persistent else plan.blocks.shape[0] * num_tiles
-    layer_kernel[(programs,)](
+    start(
+        layer_kernel, (programs,),
         a, *w.operands, *b, route_w if layer.reads_w else plan.slots, to, plan.slots, plan.blocks, plan.num_blocks,
         rows.shape[1], layer.width, num_tiles, programs, rows.stride(0), out.stride(0), *w.strides, *b_strides, *kept,
         plan.counts, plan.firsts, plan.counts if saves is None else saves.ends, *columns(layer),
@@ -149,7 +151,8 @@ def spread(x_TH: Any, plan: Plan, top_k: int, layer: Layer | None = None, route_
     if tokens and hidden:
         block, warps = _row_block(hidden)
         clearing = CLEARING * plan.counts.shape[0] if clear else 0
-        spread_kernel[(tokens + clearing, -(-hidden // block))](
+        start(
+            spread_kernel, (tokens + clearing, -(-hidden // block)),
             x_TH, plan.rows, route_w if route_w is not None else plan.rows, out, plan.counts, plan.firsts, tokens, hidden, x_TH.stride(0),
             K=top_k, EPILOGUE=None if layer is None else epilogue_of(layer), READS_W=layer is not None and layer.reads_w, BLOCK=block,
             PARTS=CLEARING if clear else 0, ROWS=plan.block_rows, num_warps=warps,
@@ -165,7 +168,8 @@ def unspread(x_TH: Any, drows_PH: Any, plan: Plan, layer: Layer, route_w: Any, d
     (tokens, hidden), top_k = x_TH.shape, plan.rows.shape[0] // max(1, x_TH.shape[0])
     if tokens and hidden:
         block, warps = _row_block(hidden)
-        unspread_kernel[(tokens,)](
+        start(
+            unspread_kernel, (tokens,),
             x_TH, drows_PH, plan.rows, route_w if route_w is not None else plan.rows, dx_TH, dw_TK, hidden, x_TH.stride(0), dx_TH.stride(0),
             K=top_k, KP=1 << max(0, top_k - 1).bit_length(), ADJOINT=adjoint_of(layer), READS_W=layer.reads_w, BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -184,7 +188,9 @@ def add_up(y_PO: Any, plan: Plan, weights_TK: Any, tokens: int, top_k: int, dtyp
         if given:
             weights_TK = weights_TK if weights_TK.stride(1) == 1 else weights_TK.contiguous()
             stride = weights_TK.stride(0)
-        sum_kernel[(tokens, -(-width // block))](
+        start(
+            sum_kernel,
+            (tokens, -(-width // block)),
             y_PO,
             plan.rows,
             weights_TK if given else plan.rows,
@@ -298,7 +304,7 @@ def table(tensors: Any) -> Any:
 
     out = torch.empty(len(tensors), dtype=torch.int64, device=tensors[0].device)
     for first in range(0, len(tensors), ADDRESSES):
-        address_kernel[(1,)](out, first, tuple(tensor.data_ptr() for tensor in tensors[first : first + ADDRESSES]), num_warps=1)
+        start(address_kernel, (1,), out, first, tuple(tensors[first : first + ADDRESSES]), num_warps=1)
     return out
 
 

@@ -20,6 +20,7 @@ import torch
 from moe_compile.ops.experts import Call, empty_grads
 from moe_compile.ops.layout import Params
 from moe_compile.ops.program import Program
+from moe_compile.ops.replay import start
 
 from . import configs_backward as configs
 from . import fitting, launch
@@ -263,7 +264,8 @@ def _through_epilogue(
         first, second = hidden.products[0].of, hidden.products[-1].of
         two = len(hidden.products) > 1
         programs = min(padded // t.rows, t.each * processors(device))
-        reverse_kernel[(programs,)](
+        start(
+            reverse_kernel, (programs,),
             dh_PI, *b, call.topk_weights.contiguous() if hidden.reads_w else plan.slots, scale, z[first], z[second] if two else None,
             dz[first], dz[second] if two else None, h, *(each if each.dim() == 2 else None for each in per_slot), plan.slots,
             plan.blocks, plan.num_blocks, plan.counts, plan.firsts, call.offsets, programs, hidden.width, dh_PI.stride(0), *b_strides,
@@ -335,7 +337,8 @@ def _products_by_expert(t: configs.Grid, a: Any, b: Any, sizes: tuple[int, int],
     tiles_a, tiles_b, experts, device = -(-high // t.rows), -(-wide // t.cols), plan.counts.shape[0], plan.counts.device
     boxed = [launch.describable(each, each.dtype) for each in (a, b)]
     programs = min(experts * tiles_a * tiles_b, t.each * processors(device))
-    weight_kernel[(programs,)](
+    start(
+        weight_kernel, (programs,),
         descriptor(a, [t.depth, t.rows]) if boxed[0] else a, descriptor(b, [t.depth, t.cols]) if boxed[1] else b, out, plan.counts,
         plan.firsts, high, wide, tiles_a, tiles_b, programs, experts, a.stride(0), b.stride(0), of_expert, of_row,
         A_FROM="tma" if boxed[0] else "rows", B_FROM="tma" if boxed[1] else "rows", OUT_FROM=form, OUT_TYPE=out_type,
@@ -361,7 +364,8 @@ def _bias_of_last(call: Call, last: Layer, grad_PO: Any, dscale_TK: Any, plan: P
 
     (bias, _), (stride, _) = biases_of(last, call.biases)
     if plan.blocks.shape[0]:
-        bias_dot_kernel[(plan.blocks.shape[0],)](
+        start(
+            bias_dot_kernel, (plan.blocks.shape[0],),
             grad_PO, bias, dscale_TK, plan.slots, plan.blocks, plan.num_blocks, grad_PO.shape[1], grad_PO.stride(0), stride,
             BM=plan.block_rows, BLOCK=64,
         )  # fmt: skip
@@ -384,7 +388,8 @@ def _bias(call: Call, j: int, rows_P: Any, scale: Any, grads: Sequence[Any], nee
         return
     whole = torch.empty((plan.counts.shape[0], rows_P.shape[1]), dtype=torch.float32, device=plan.counts.device)
     block = 128
-    column_kernel[(whole.shape[0], -(-whole.shape[1] // block))](
+    start(
+        column_kernel, (whole.shape[0], -(-whole.shape[1] // block)),
         rows_P, scale, whole, plan.slots, plan.counts, plan.firsts, whole.shape[1], rows_P.stride(0), whole.stride(0),
         BK=32, BLOCK=block,
     )  # fmt: skip

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moe_compile.ops.replay import start
+
 from .plan import Plan
 
 STEP = 16  # rows that a program takes at a time
@@ -22,7 +24,8 @@ def dequantize(rows_RH: Any, scales_RB: Any, counts_E: Any, expected: int, dtype
     (rows, hidden), experts = rows_RH.shape, counts_E.shape[0]
     out = torch.empty((rows, hidden), dtype=dtype, device=rows_RH.device)
     if out.numel():
-        dequantize_kernel[_grid(rows, experts, expected, -(-hidden // COLUMNS))](
+        start(
+            dequantize_kernel, _grid(rows, experts, expected, -(-hidden // COLUMNS)),
             rows_RH, scales_RB, counts_E, out, rows // experts, hidden, rows_RH.stride(0), *scales_RB.stride(), STEP=STEP, BLOCK=COLUMNS,
             num_warps=8,
         )  # fmt: skip
@@ -36,7 +39,8 @@ def turn_scales(scales_RB: Any, plan: Plan) -> Any:
     (rows, groups), experts = scales_RB.shape, plan.counts.shape[0]
     out = torch.empty((groups, rows), dtype=torch.float32, device=scales_RB.device)
     if out.numel():
-        turn_scales_kernel[_grid(rows, experts, plan.likely)](
+        start(
+            turn_scales_kernel, _grid(rows, experts, plan.likely),
             scales_RB, plan.counts, out, rows // experts, groups, rows, *scales_RB.stride(), STEP=STEP,
             GROUPS=1 << (groups - 1).bit_length(), num_warps=4,
         )  # fmt: skip
@@ -53,7 +57,8 @@ def quantize(x_RH: Any, grouped: bool, plan: Plan) -> tuple[Any, Any]:
     step = max(1, STEP * COLUMNS // block)
     scales = torch.empty((-(-hidden // GROUP) if grouped else 1, rows), dtype=torch.float32, device=x_RH.device)
     if out.numel():
-        quantize_used_kernel[_grid(rows, experts, plan.likely, -(-hidden // block), step)](
+        start(
+            quantize_used_kernel, _grid(rows, experts, plan.likely, -(-hidden // block), step),
             x_RH, plan.counts, out, scales, rows // experts, hidden, rows, x_RH.stride(0), STEP=step, GROUP=GROUP if grouped else block,
             BLOCK=block, BY_HAND=x_RH.device.type == "cpu", num_warps=8,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moe_compile.ops.layout import Params
+from moe_compile.ops.replay import start
 
 from . import configs
 from .launch import biases_of, columns, multiplied, shape_of, starts_early, two, type_of, weights_of
@@ -44,7 +45,8 @@ def _slots(layer: Layer, rows: Any, share: int, ids: Any, num_experts: int, weig
     strip, given, fixed = _common(layer, rows, ids, num_experts, weights, biases, last=False)
     early, follows = starts_early(rows.device), share == 1
     if out.numel():
-        slots_kernel[(-(-layer.width // strip.cols), ids.numel())](
+        start(
+            slots_kernel, (-(-layer.width // strip.cols), ids.numel()),
             rows, *given[:4], route_w if layer.reads_w else ids, ids, out, *given[4:], SHARE=share, PDL=early, WAITS=follows, **fixed,
             **({"launch_pdl": True} if early and follows else {}),
         )  # fmt: skip
@@ -68,7 +70,8 @@ def _tokens(
         _all_slots(rows, share, ids, sum_w, out, strip, given, fixed, pdl)
     elif out.numel():
         (num, inner, width, stride), strides = given[4:8], given[8:]
-        tokens_kernel[(-(-layer.width // strip.cols), tokens)](
+        start(
+            tokens_kernel, (-(-layer.width // strip.cols), tokens),
             rows, *given[:4], route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, num, inner, width, stride,
             0 if sum_w is None else sum_w.stride(0), *strides, K=top_k, SHARE=share, WEIGHTED=sum_w is not None,
             WIDE=strip.depth >= inner and not fixed["ACROSS"], PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
@@ -89,7 +92,8 @@ def _all_slots(
 
     (w, _, _, _, num, inner, width, stride), (expert, i, o, *_) = given[:8], given[8:]
     tokens, top_k = ids.shape
-    linear_kernel[(-(-width // strip.cols), tokens)](
+    start(
+        linear_kernel, (-(-width // strip.cols), tokens),
         rows, w, ids, ids if sum_w is None else sum_w, out, num, inner, width, stride, 0 if sum_w is None else sum_w.stride(0), expert, i,
         o, START=fixed["START0"], STEP=fixed["STEP0"], K=top_k, KP=power(top_k), SHARE=share, WEIGHTED=sum_w is not None, PDL=pdl,
         **{name: fixed[name] for name in ("W_FROM", "W_TYPE", "DTYPE", "BN", "BK", "num_warps")},
@@ -109,12 +113,14 @@ def _by_parts(
     split = -(-inner // inputs)
     parts = torch.empty((split, ids.numel(), width), dtype=torch.float32, device=rows.device)
     early = starts_early(rows.device)
-    parts_kernel[(-(-width // strip.cols), ids.numel(), split)](
+    start(
+        parts_kernel, (-(-width // strip.cols), ids.numel(), split),
         rows, w, ids, parts, num, inner, width, inputs, stride, expert, i, o, START=fixed["START0"], SHARE=share, PDL=early, WAITS=pdl,
         **{name: fixed[name] for name in ("W_FROM", "W_TYPE", "DTYPE", "BN", "BK", "EVEN", "num_warps")},
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    sum_parts_kernel[(-(-width // configs.SUMMED), out.shape[0])](
+    start(
+        sum_parts_kernel, (-(-width // configs.SUMMED), out.shape[0]),
         parts, b0, b1, route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, num, ids.numel(), width,
         0 if sum_w is None else sum_w.stride(0), *b_strides, K=ids.shape[1], S=split, WEIGHTED=sum_w is not None, BN=configs.SUMMED,
         PDL=early, **{name: fixed[name] for name in ("BSTART0", "BSTEP0", "BSTART1", "BSTEP1", "EPILOGUE", "READS_W", "BIASES")},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_compile.ops.quantized import BLOCK
+from moe_compile.ops.replay import start
 
 from .launch import describable, processors
 from .layers import Layer
@@ -78,7 +79,8 @@ def run(layer: Layer, own: Operands, rows: Rows, out: Rows, plan: Plan, group: i
     most_steps = max(32, 1 << (steps - 1).bit_length())
     num_tiles = -(-layer.width // (BLOCK if two else 2 * BLOCK))
     programs = min(plan.blocks.shape[0] * num_tiles, processors(rows.values.device))
-    hopper_kernel[(programs,)](
+    start(
+        hopper_kernel, (programs,),
         _boxes(rows.values, ROWS), a_scales, *w, *own.scales, _boxes(out.values, BOX), out.scales, plan.blocks, plan.num_blocks, steps,
         layer.width, own.scales[0].shape[1] - 1, num_tiles, programs, *outs, plan.slots.shape[0], *own.scale_strides, START0=first.start,
         START1=second.start if two else first.start + BLOCK, TWO=two, EPILOGUE=epilogue_of(layer), W_SCALES=own.mode, A_SCALES=rows.mode,

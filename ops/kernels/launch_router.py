@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moe_compile.ops.replay import start
+
 from . import configs
 from .launch import type_of
 from .plan import limits, supports
@@ -44,7 +46,8 @@ def run(logits_TE: Any, bias_E: Any, routing: Any, weight_dtype: Any) -> tuple[A
     scores = routing.score_dtype or logits_TE.dtype
     choices = scores if bias_E is None else torch.promote_types(scores, bias_E.dtype)
     rows, warps = configs.router(tokens, experts, routing.num_groups)
-    route_kernel[(-(-tokens // rows),)](
+    start(
+        route_kernel, (-(-tokens // rows),),
         logits_TE, logits_TE if bias_E is None else bias_E.contiguous(), weights, ids, tokens, *logits_TE.stride(), E=experts,
         K=routing.top_k, SCORE=routing.score, NORMALIZE=routing.normalize, EPS=routing.eps, CLAMPS=routing.eps_mode == "clamp",
         SCALE=routing.scale, GROUPS=routing.num_groups, TOP=routing.top_groups, SUM=routing.group_score == "top2_sum",

@@ -9,6 +9,7 @@ import torch
 
 from moe_compile.ops.layout import Params
 from moe_compile.ops.quantized import BLOCK, LONGEST_ROW, ROWS_TOO, Quantized
+from moe_compile.ops.replay import start
 
 from . import configs_scaled, fitting, launch_batched, launch_hopper
 from .launch import (
@@ -146,7 +147,8 @@ def _quantize(x_TH: Any, grouped: bool, changed: Layer | None, dtype: torch.dtyp
     block = max(BLOCK, 1 << (hidden - 1).bit_length())
     block = min(block, 2048) if grouped else block
     if tokens:
-        quantize_kernel[(tokens, -(-hidden // block))](
+        start(
+            quantize_kernel, (tokens, -(-hidden // block)),
             x_TH, plan.rows, plan.rows if route_w is None else route_w, out, scales, hidden, total, x_TH.stride(0), K=top_k,
             EPILOGUE=None if changed is None else epilogue_of(changed), READS_W=changed is not None and changed.reads_w,
             DTYPE=multiplied(dtype, x_TH.device), GROUP=BLOCK if grouped else block, BLOCK=block, BY_HAND=not on_a_gpu(x_TH.device),
@@ -165,7 +167,8 @@ def _take(x_TH: Any, x_scales: Any, top_k: int, plan: Plan) -> Rows:
     scales = torch.empty((groups, total), dtype=torch.float32, device=x_TH.device)
     block = min(4096, max(BLOCK, 1 << (hidden - 1).bit_length()))
     if tokens:
-        take_kernel[(tokens, -(-hidden // block))](
+        start(
+            take_kernel, (tokens, -(-hidden // block)),
             x_TH, x_scales, plan.rows, out, scales, hidden, groups, total, x_TH.stride(0), *x_scales.stride(), K=top_k, BLOCK=block,
             GROUPS=1 << (groups - 1).bit_length(), num_warps=max(1, min(8, block // 1024)),
         )  # fmt: skip
@@ -182,7 +185,8 @@ def _in_runs(x_TH: Any, runs: int, dtype: torch.dtype, changed: Layer | None, ro
     out = torch.empty((plan.slots.shape[0], wide), dtype=dtype, device=x_TH.device)
     block = min(2048, 1 << (wide - 1).bit_length())
     if tokens:
-        runs_kernel[(tokens, -(-wide // block))](
+        start(
+            runs_kernel, (tokens, -(-wide // block)),
             x_TH, plan.rows, plan.rows if route_w is None else route_w, out, hidden, wide, x_TH.stride(0), K=top_k,
             EPILOGUE=None if changed is None else epilogue_of(changed), READS_W=changed is not None and changed.reads_w, RUNS=runs,
             BLOCK=block, num_warps=max(1, min(8, block // 512)),
@@ -243,7 +247,8 @@ def _launch(
     a = descriptor(rows.values, [t.rows, t.depth]) if described else rows.values
     w = [_box(own, value, wide, run_of) for value in own.values] if boxed else own.values
     to = descriptor(out.values, [t.rows, t.cols]) if stored else out.values
-    scaled_kernel[(programs,)](
+    start(
+        scaled_kernel, (programs,),
         a, rows.scales, *w, *own.scales, *b, route_w if layer.reads_w else plan.slots, to, out.scales, plan.slots, plan.blocks,
         plan.num_blocks, inner, own.units, own.steps, layer.width, limit, num_tiles, programs,
         rows.values.stride(0), out.values.stride(0), plan.slots.shape[0], *own.strides, *own.scale_strides, *b_strides,

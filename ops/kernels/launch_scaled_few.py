@@ -8,6 +8,7 @@ import torch
 
 from moe_compile.ops.layout import Params
 from moe_compile.ops.quantized import BLOCK, MX_BLOCK, Quantized
+from moe_compile.ops.replay import start
 
 from . import configs_scaled
 from .launch import biases_of, columns, starts_early, type_of
@@ -42,7 +43,8 @@ def _slots(layer: Layer, own: Operands, rows: Any, share: int, ids: Any, num_exp
     given, sizes, fixed = _common(layer, own, rows, num_experts, biases, last=False)
     early, follows = starts_early(rows.device), share == 1
     if out.numel():
-        scaled_slots_kernel[(-(-layer.width // fixed["BN"]), ids.numel())](
+        start(
+            scaled_slots_kernel, (-(-layer.width // fixed["BN"]), ids.numel()),
             *given, route_w if layer.reads_w else ids, ids, out, *sizes, SHARE=share, PDL=early, WAITS=follows, **fixed,
             **({"launch_pdl": True} if early and follows else {}),
         )  # fmt: skip
@@ -64,7 +66,8 @@ def _tokens(
     if out.numel() and warps:
         _all_slots(own, given, sizes, fixed, share, ids, sum_w, out, pdl, warps)
     elif out.numel():
-        scaled_tokens_kernel[(-(-layer.width // fixed["BN"]), tokens)](
+        start(
+            scaled_tokens_kernel, (-(-layer.width // fixed["BN"]), tokens),
             *given, route_w if layer.reads_w else ids, ids, ids if sum_w is None else sum_w, out, *sizes[:5],
             0 if sum_w is None else sum_w.stride(0), *sizes[5:], K=top_k, SHARE=share, WEIGHTED=sum_w is not None,
             WIDE=fixed["G"] * fixed["Q"] >= own.units, PDL=pdl, **fixed, **({"launch_pdl": True} if pdl else {}),
@@ -87,7 +90,8 @@ def _all_slots(
     (rows, w, _, s, *_), (tokens, top_k) = given, ids.shape
     num, inner, _, steps, width, stride_a, e, i, o, _, _, _, se, si, so, *_ = sizes
     groups, names = power(steps), ("KIND", "W_SCALES", "OUT_BLOCK", "DTYPE")
-    scaled_linear_kernel[(width, tokens)](
+    start(
+        scaled_linear_kernel, (width, tokens),
         rows, w, s, ids, ids if sum_w is None else sum_w, out, num, inner, steps, width, stride_a, 0 if sum_w is None else sum_w.stride(0),
         e, i, o, se, si, so, START=fixed["START0"], STEP=fixed["STEP0"], K=top_k, KP=power(top_k), SHARE=share, WEIGHTED=sum_w is not None,
         G=groups, Q=BLOCK, EVEN=inner == groups * BLOCK, PDL=pdl, **{name: fixed[name] for name in names}, num_warps=warps,

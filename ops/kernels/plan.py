@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moe_compile.ops.replay import start
+
 from .tiles import power
 
 MAX_EXPERTS = 1024  # vectors over all experts stand in registers
@@ -355,7 +357,8 @@ def _sort_once(ids: Any, num_experts: int, plan: Plan) -> None:
     slots = ids.shape[0]
     lanes = _once_lanes(slots)
     rows, blocks = (plan.block_rows, _bound(plan)) if plan.slots is not None else (lanes, min(num_experts, slots))
-    sort_once_kernel[(1 + min(blocks, TUNING.programs),)](
+    start(
+        sort_once_kernel, (1 + min(blocks, TUNING.programs),),
         ids, plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, plan.order, plan.offsets, slots, blocks,
         E=num_experts, EP=_experts_padded(num_experts), BN=lanes, BR=rows, BRP=power(rows),
         num_warps=_warps(lanes // TUNING.once_each, TUNING.once_warps),
@@ -371,7 +374,8 @@ def _sort_chunks(ids: Any, num_experts: int, plan: Plan) -> None:
     scanned = chunks > TUNING.direct_chunks
     table, totals = _split((chunks * num_experts, num_experts), ids.device, zero=False)
     count_tile = min(TUNING.count_tile, tile * steps)
-    count_kernel[(chunks,)](
+    start(
+        count_kernel, (chunks,),
         ids, table, slots, tile * steps // count_tile, E=num_experts, EP=padded, TILE=count_tile,
         num_warps=_warps(count_tile, TUNING.count_warps),
     )  # fmt: skip
@@ -379,12 +383,21 @@ def _sort_chunks(ids: Any, num_experts: int, plan: Plan) -> None:
     if scanned:
         totals, counts = (totals if counts is None else counts), None
         chunks_at_once, experts_at_once = TUNING.scan
-        scan_kernel[(-(-num_experts // experts_at_once),)](
-            table, totals, chunks, E=num_experts, BG=min(chunks_at_once, power(chunks)), BE=experts_at_once, num_warps=TUNING.scan_warps
+        start(
+            scan_kernel,
+            (-(-num_experts // experts_at_once),),
+            table,
+            totals,
+            chunks,
+            E=num_experts,
+            BG=min(chunks_at_once, power(chunks)),
+            BE=experts_at_once,
+            num_warps=TUNING.scan_warps,
         )
     rows = plan.block_rows or 1
     blocks_at_once, fills = _fills(_bound(plan), rows, padded)
-    place_kernel[(fills + chunks,)](
+    start(
+        place_kernel, (fills + chunks,),
         ids, table, totals if scanned else None, plan.slots, plan.rows, plan.blocks, plan.num_blocks, counts, plan.firsts, plan.order,
         plan.offsets, slots, _bound(plan), chunks, fills, steps, E=num_experts, EP=padded, TILE=tile, BR=rows, BRP=power(rows),
         NB=blocks_at_once, BG=max(1, min(TUNING.direct_chunks, 4096 // padded)), num_warps=_warps(tile, TUNING.place_warps),
@@ -405,7 +418,8 @@ def _find_in_place(plan: Plan, counts: Any, capacity: int, room: int) -> None:
     blocks_at_once, fills = _fills(bound, plan.block_rows, padded)
     programs = max(fills, min(TUNING.programs, -(-max(places, plan.slots.shape[0]) // TUNING.fill_rows)))
     with torch.cuda.device_of(counts):
-        counts_kernel[(programs,)](
+        start(
+            counts_kernel, (programs,),
             counts, None if plan.in_place else plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, capacity,
             room, bound, E=counts.shape[0], EP=padded, BR=plan.block_rows, NB=blocks_at_once, ROWS=power(TUNING.fill_rows),
             num_warps=TUNING.place_warps,
@@ -419,7 +433,8 @@ def _fill(plan: Plan, order: Any, offsets: Any, whole: bool) -> None:
     padded = _experts_padded(offsets.shape[0])
     blocks_at_once, fills = _fills(_bound(plan), plan.block_rows, padded)
     with torch.cuda.device_of(order):
-        fill_kernel[(fills,)](
+        start(
+            fill_kernel, (fills,),
             order, offsets, plan.slots, plan.rows, plan.blocks, plan.num_blocks, plan.counts, plan.firsts, plan.rows.shape[0], _bound(plan),
             order.shape[0], E=offsets.shape[0], EP=padded, BR=plan.block_rows, BRP=power(plan.block_rows),
             NB=blocks_at_once, REST=TUNING.fill_rows if whole else 0, num_warps=TUNING.place_warps,

@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from moe_compile.ops import replay
+
 from .tiles import Shape, Strip, Tiles
 
 ROWS, FIRST, NEXT = "rows", "first", "next"  # rows of a call's blocks; tiles of the layer that reads x through slots, and of others
@@ -114,18 +116,23 @@ def only(entries: Iterable[Entry]) -> Iterator[set[Entry]]:
     """Inside, these are all that is known, on any device. Gives the entries that were taken so far."""
     used: set[Entry] = set()
     _only.append((Table(entries), used))
-    _chosen.clear()
+    _forget_choices()
     try:
         yield used
     finally:
         _only.pop()
-        _chosen.clear()
+        _forget_choices()
 
 
 def forget() -> None:
     """Tables are read again by the next call."""
-    _chosen.clear()
+    _forget_choices()
     tables_of.cache_clear()
+
+
+def _forget_choices() -> None:
+    _chosen.clear()
+    replay.forget()  # what was recorded has its tiles
 
 
 @functools.lru_cache(maxsize=16)
