@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .replay_steps import Allocate, Compiled, Given, Interpreted, Recipe, Result, Torch, are_tensors, is_box
 
-MOST = 2048  # calls that are remembered
+MOST = 1024  # calls that are remembered, some 10 KB each
 ALIGNMENT = 16  # bytes: what kernels are compiled by, and descriptors ask for
 DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -126,8 +126,9 @@ def _described(tensors: list[Any], addresses: list[int]) -> list[Any]:
 
 
 def _remember(key: tuple[Any, ...], value: Any) -> None:
-    while len(_calls) >= MOST and key not in _calls:
-        _calls.pop(next(iter(_calls)), None)
+    if key not in _calls:
+        for oldest in list(_calls)[: len(_calls) - MOST + 1] if len(_calls) >= MOST else ():  # a list: other threads remember too
+            _calls.pop(oldest, None)
     _calls[key] = value
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-MOST_BOXES = 2048  # descriptors that a kernel's argument keeps, one for each address
+MOST_BOXES = 1024  # descriptors of one form that are kept, one for each address
 NOWHERE = -1  # the place of what has no elements
 
 
@@ -153,7 +154,7 @@ class Compiled(Step):
         self.start = compiled[(*grid, 1, 1)[:3]]
         self.pointers: list[tuple[int, int, int]] = []  # which argument, place, bytes from its first element on
         self.tuples: list[tuple[int, list[tuple[int, int]]]] = []
-        self.boxes: list[tuple[int, int, int, Any, dict[int, Any]]] = []  # and the descriptor, and those at addresses so far
+        self.boxes: list[tuple[int, int, int, Any, Known]] = []  # and the descriptor, and those at addresses so far
         self.template = [None if isinstance(arg, torch.Tensor) or are_tensors(arg) or is_box(arg) else arg for arg in args]
         for which, arg in enumerate(args):
             self._take(which, arg, place)
@@ -170,7 +171,7 @@ class Compiled(Step):
         elif are_tensors(arg):
             self.tuples.append((which, [place(each) or (0, 0) for each in arg]))
         elif is_box(arg):
-            self.boxes.append((which, *(place(arg.base) or (0, 0)), _with_base(arg, None), {}))
+            self.boxes.append((which, *(place(arg.base) or (0, 0)), _with_base(arg, None), _known_like(arg)))
 
     def reads(self) -> set[int]:
         inside = {place for _, places in self.tuples for place, _ in places}
@@ -244,8 +245,20 @@ class _Address:
         return self._at
 
 
-def _box_at(address: int, like: Any, made: dict[int, Any]) -> Any:
-    """The descriptor at another address. Those of weights, and of the allocator's few places, come again."""
+class Known(dict[int, Any]):
+    """Descriptors of one form by address: those of weights, and of the allocator's few places, come again."""
+
+
+_known: weakref.WeakValueDictionary[Any, Known] = weakref.WeakValueDictionary()  # by form: one for all recipes that have it
+
+
+def _known_like(box: Any) -> Known:
+    form = tuple([(name, tuple(value) if isinstance(value, list) else value) for name, value in vars(box).items() if name != "base"])
+    return _known.setdefault((type(box), form), Known())
+
+
+def _box_at(address: int, like: Any, made: Known) -> Any:
+    """The descriptor at another address."""
     if len(made) >= MOST_BOXES:
         made.clear()
     found = made[address] = _with_base(like, _Address(address))

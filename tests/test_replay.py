@@ -4,7 +4,10 @@ interpreter, and the same on a GPU."""
 from __future__ import annotations
 
 import ast
+import ctypes
+import dataclasses
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,6 +434,77 @@ def test_ops_of_torch_are_replayed_too(on_cpu: None) -> None:
         assert all(torch.equal(*pair) for pair in zip(own, wanted, strict=True))
     assert spy.call_count == 2
     assert recorded() == 1
+
+
+class Started:
+    """In the place of a compiled kernel: reads and writes floats at addresses, as a GPU would, and keeps what it was started with."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    @staticmethod
+    def fn(x: Any, box: Any, two: Any, nothing: Any, out: Any, n: int, FACTOR: int, MORE: int = 5) -> None: ...
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def run(*args: Any, stream: Any = None, **meta: Any) -> Started:
+            self.calls.append((grid, args, stream, meta))
+            if stream is not None:  # with parameters in their order
+                x, box, (first, second), nothing, out, n, factor, more = args
+                assert (nothing, more) == (0, 5)
+                assert all(type(each) is int for each in (x, first, second, out))
+                total = factor * (floats(x, n) + floats(box.base.data_ptr(), n) + floats(first, n) + floats(second, n))
+                floats(out, n)[:] = total
+            return self
+
+        return run
+
+
+def floats(address: int, n: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_float * n).from_address(address), dtype=torch.float32)
+
+
+@dataclasses.dataclass
+class Box:
+    base: Any
+    shape: list[int]
+    padding: str = "zero"
+
+
+@pytest.mark.replays
+def test_compiled_kernels_get_addresses_in_the_order_of_their_parameters(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.runtime
+
+    from moe_compile.ops import replay_steps
+
+    active = types.SimpleNamespace(get_current_device=lambda: None, get_current_stream=lambda index: 7)
+    monkeypatch.setattr(triton.runtime, "driver", types.SimpleNamespace(active=active))
+    calls: list[Any] = []
+    kernel = Started(calls)
+
+    def summed(x: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+        middle = torch.empty(x.shape[0] + 2)
+        replay.start(kernel, (3,), x[2:], Box(parts[0], [4]), tuple(parts), x[:0], middle[2:], 4, FACTOR=3, num_warps=4)
+        out = torch.empty(4)
+        replay.start(kernel, (3, 2), middle[2:], Box(parts[1], [4]), tuple(parts), x[:0], out, 4, FACTOR=1)
+        return out
+
+    boxes = []
+    for time in range(5):
+        x, parts = torch.randn(6), [torch.randn(4), torch.randn(4)]
+        calls.clear()
+        got = replay.call("op", summed, (x, parts))
+        if time < 2:
+            continue
+        once = 3 * (x[2:] + 2 * parts[0] + parts[1])
+        torch.testing.assert_close(got, once + parts[0] + 2 * parts[1])
+        assert [(grid, stream) for grid, _, stream, _ in calls] == [((3, 1, 1), 7), ((3, 2, 1), 7)]
+        boxes.append([args[1] for _, args, _, _ in calls])
+        assert [box.base.data_ptr() for box in boxes[-1]] == [each.data_ptr() for each in parts]
+        assert all((type(box), box.shape, box.padding) == (Box, [4], "zero") for box in boxes[-1])
+        again = replay.call("op", summed, (x, parts))
+        torch.testing.assert_close(again, got)
+        assert [args[1] for _, args, _, _ in calls[2:]] == boxes[-1]  # kept by address
+    assert len(replay_steps._known) == 1  # both arguments have one form
 
 
 @pytest.mark.replays
