@@ -70,6 +70,7 @@ def register_op(
         )
     # The Library must live as long as the process: torch unregisters the op when it is collected.
     table[op.name] = (op, old[1] if old is not None else _define(op))
+    replay.forget()
     return op
 
 

@@ -253,8 +253,8 @@ _known: weakref.WeakValueDictionary[Any, Known] = weakref.WeakValueDictionary() 
 
 
 def _known_like(box: Any) -> Known:
-    form = tuple([(name, tuple(value) if isinstance(value, list) else value) for name, value in vars(box).items() if name != "base"])
-    return _known.setdefault((type(box), form), Known())
+    form = repr((type(box), [(name, value) for name, value in vars(box).items() if name != "base"]))
+    return _known.setdefault(form, Known())
 
 
 def _box_at(address: int, like: Any, made: Known) -> Any:

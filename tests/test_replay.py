@@ -19,7 +19,7 @@ from interpreted import Cases
 from triton_cases import APART, BIASED, HALVES, ONE, PAIRS, WEIGHTED_ROWS, Sizes, parameters, routed
 
 import moe_compile
-from moe_compile.ops import experts, experts_combine, local_experts, registry, replay, route
+from moe_compile.ops import _register, experts, experts_combine, local_experts, registry, replay, route
 from moe_compile.ops.kernels import tuned
 from moe_compile.ops.quantize_dispatch import counting_sort
 from moe_compile.ops.quantized import quantize_weights
@@ -507,6 +507,31 @@ def test_compiled_kernels_get_addresses_in_the_order_of_their_parameters(on_cpu:
     assert len(replay_steps._known) == 1  # both arguments have one form
 
 
+def test_descriptors_of_triton_and_gluon_are_moved_to_other_addresses() -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia import hopper
+    from triton.tools import tensor_descriptor
+
+    from moe_compile.ops import replay_steps
+
+    x = torch.empty(64, 64, dtype=torch.float16)
+    layouts = [gl.NVMMASharedLayout.get_default_for(block, gl.float16) for block in ([64, 64], [32, 64])]
+    boxes = [
+        tensor_descriptor.TensorDescriptor(x, [64, 64], [64, 1], [64, 64]),
+        tensor_descriptor.TensorDescriptor(x, [64, 64], [64, 1], [32, 64]),
+        *(hopper.TensorDescriptor(x, [64, 64], [64, 1], block, own) for block, own in zip(([64, 64], [32, 64]), layouts)),
+    ]
+    known = [replay_steps._known_like(box) for box in boxes]
+    assert len({id(each) for each in known}) == len(boxes)  # each has another form
+    for box, own in zip(boxes, known):
+        assert replay_steps.is_box(box)
+        assert replay_steps._known_like(box) is own
+        moved = replay_steps._box_at(1024, replay_steps._with_base(box, None), own)
+        assert type(moved) is type(box)
+        assert moved.base.data_ptr() == 1024
+        assert {**vars(moved), "base": x} == vars(box)
+
+
 @pytest.mark.replays
 def test_a_call_that_raises_leaves_nothing_behind(on_cpu: None) -> None:
     def fails(x: torch.Tensor) -> torch.Tensor:
@@ -563,6 +588,14 @@ def test_changed_choices_forget_what_was_recorded(on_cpu: None) -> None:
     assert recorded() == 0
     call(double, torch.ones(3))
     tuned.forget()
+    assert recorded() == 0
+
+
+@pytest.mark.replays
+def test_an_op_that_is_registered_again_forgets_what_was_recorded(on_cpu: None) -> None:
+    call(double, torch.ones(3))
+    op = route.OP
+    _register.register_op(op.schema, op.kernel, op.fake, op.autograd, replays=op.replays)
     assert recorded() == 0
 
 
