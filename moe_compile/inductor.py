@@ -27,14 +27,14 @@ _PassBase: Any = _INFERENCE_AWARE or custom_graph_pass.CustomGraphPass
 
 
 def compile_graph(gm: GraphModule, inputs: Sequence[Any], options: Options, name: str | None) -> Callable[..., Any]:
-    """compile_fx of the graph, its stages fused, with the configuration of `options` and SourcesInCacheKey.
+    """compile_fx of the graph, its stages fused, with the configuration of `options`, SourcesInCacheKey and BelowAutograd.
 
     name: label of the region, if any.
     """
     fuse(gm)
     patches = dict(configuration(options))
     user_passes = patches.get(_POST_PASS, getattr(inductor_config, _POST_PASS))
-    patches[_POST_PASS] = SourcesInCacheKey(options, user_passes)
+    patches[_POST_PASS] = SourcesInCacheKey(options, [*_as_list(user_passes), BelowAutograd()])
     region = {"compile_region_name": name} if name else {}
     with functorch_config.patch(_backward_now(gm)):
         return compile_fx(gm, inputs, config_patches=patches, **region)
@@ -58,10 +58,9 @@ def wrapper(options: Options) -> Any:
 
 
 class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is Any to mypy
-    """Puts the ops' sources into the key of Inductor's caches, which do not look into custom ops; last of all passes, calls ops without
-    their autograd.
+    """No pass of its own: puts the ops' sources into the key of Inductor's caches, which do not look into custom ops.
 
-    user: the passes that stood in its place in the configuration. They run before, and key the cache as before.
+    user: the passes that stood in its place in the configuration. They run, and key the cache as before.
     """
 
     def __init__(self, options: Options, user: Any) -> None:
@@ -72,7 +71,6 @@ class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is
         for user_pass in self._user:
             inference = {"is_inference": is_inference} if _knows_inference(user_pass) else {}
             user_pass(graph, **inference)
-        _below_autograd(graph)
 
     def uuid(self) -> str | None:
         """A digest of the ops' sources, the options and the user's passes; None (do not cache) if one has no uuid."""
@@ -85,13 +83,18 @@ class SourcesInCacheKey(_PassBase):  # type: ignore[misc,valid-type]  # torch is
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _below_autograd(graph: Graph) -> None:
-    """Such a graph is run below autograd, and each op's way through it would only cost time."""
-    from moe_compile.ops._register import twin_below
+class BelowAutograd(custom_graph_pass.CustomGraphPass):  # type: ignore[misc]  # torch is Any to mypy
+    """Calls ops by their twins below autograd: what Inductor compiles is run there, and the way through it would only cost time."""
 
-    for node in graph.nodes:
-        twin = twin_below(node.target) if node.op == "call_function" else None
-        node.target = twin or node.target
+    def __call__(self, graph: Graph) -> None:
+        from moe_compile.ops._register import twin_below
+
+        for node in graph.nodes:
+            twin = twin_below(node.target) if node.op == "call_function" else None
+            node.target = twin or node.target
+
+    def uuid(self) -> str:
+        return "moe_compile.BelowAutograd"
 
 
 def _parallel_key(parallel: Any) -> Any:

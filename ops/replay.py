@@ -27,7 +27,7 @@ MOST = 1024  # calls that are remembered, some 10 KB each
 ALIGNMENT = 16  # bytes: what kernels are compiled by, and descriptors ask for
 DEVICES = {"cuda"}  # tests add "cpu", for Triton's interpreter
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-_SEEN = "seen"
+_SEEN, _TENSOR = "seen once", "a tensor"
 _calls: dict[tuple[Any, ...], Any] = {}  # key -> _SEEN, a Recipe, or why there is none; the oldest first
 _pauses: list[None] = []  # one for each `paused`
 _here = threading.local()  # .recording: this thread's
@@ -107,7 +107,7 @@ def _parts(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     for arg in args:
         if isinstance(arg, torch.Tensor):
             tensors.append(arg)
-            constants.append(_SEEN)
+            constants.append(_TENSOR)
         elif isinstance(arg, list):
             own = [each for each in arg if isinstance(each, torch.Tensor)]
             tensors += own
@@ -127,8 +127,9 @@ def _described(tensors: list[Any], addresses: list[int]) -> list[Any]:
 
 def _remember(key: tuple[Any, ...], value: Any) -> None:
     if key not in _calls:
-        for oldest in list(_calls)[: len(_calls) - MOST + 1] if len(_calls) >= MOST else ():  # a list: other threads remember too
-            _calls.pop(oldest, None)
+        while len(_calls) >= MOST:
+            for oldest in list(_calls)[:1]:  # a list: other threads remember too
+                _calls.pop(oldest, None)
     _calls[key] = value
 
 
@@ -163,10 +164,10 @@ class Recording(TorchDispatchMode):
         if func in _EMPTY:
             self.steps.append(Allocate(self._new(result), result))
         elif not (func.is_view and _views(result, args)):
-            self._calls(func, args, kwargs or {}, result)
+            self._called(func, args, kwargs or {}, result)
         return result
 
-    def _calls(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _called(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An op of torch; what it returns is new memory, or (in place, out=) an argument again."""
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         returns = func._schema.returns

@@ -5,6 +5,7 @@ A place is the number of an input, or behind the inputs that of what is made; a 
 
 from __future__ import annotations
 
+import abc
 import functools
 import inspect
 import weakref
@@ -47,7 +48,7 @@ class Recipe:
         return self.result.of(live)
 
 
-class Step:
+class Step(abc.ABC):
     """frees: places that nothing reads after it."""
 
     def __init__(self) -> None:
@@ -56,8 +57,9 @@ class Step:
     def reads(self) -> set[int]:
         return set()
 
+    @abc.abstractmethod
     def go(self, live: list[Any], at: list[Any], stream: Any) -> None:
-        raise NotImplementedError
+        """Does it again. live: tensors by place, at: their addresses, into both of which what is made goes. stream: of kernels."""
 
 
 class Allocate(Step):
@@ -153,7 +155,7 @@ class Compiled(Step):
         super().__init__()
         self.start = compiled[(*grid, 1, 1)[:3]]
         self.pointers: list[tuple[int, int, int]] = []  # which argument, place, bytes from its first element on
-        self.tuples: list[tuple[int, list[tuple[int, int]]]] = []
+        self.tuples: list[tuple[int, list[tuple[int, int] | None]]] = []  # None: without elements
         self.boxes: list[tuple[int, int, int, Any, Known]] = []  # and the descriptor, and those at addresses so far
         self.template = [None if isinstance(arg, torch.Tensor) or are_tensors(arg) or is_box(arg) else arg for arg in args]
         for which, arg in enumerate(args):
@@ -169,12 +171,12 @@ class Compiled(Step):
             else:
                 self.pointers.append((which, *found))
         elif are_tensors(arg):
-            self.tuples.append((which, [place(each) or (0, 0) for each in arg]))
+            self.tuples.append((which, [place(each) for each in arg]))
         elif is_box(arg):
             self.boxes.append((which, *(place(arg.base) or (0, 0)), _with_base(arg, None), _known_like(arg)))
 
     def reads(self) -> set[int]:
-        inside = {place for _, places in self.tuples for place, _ in places}
+        inside = {found[0] for _, places in self.tuples for found in places if found is not None}
         return inside | {place for _, place, _ in self.pointers} | {place for _, place, *_ in self.boxes}
 
     def go(self, live: list[Any], at: list[Any], stream: Any) -> None:
@@ -182,7 +184,7 @@ class Compiled(Step):
         for which, place, offset in self.pointers:
             args[which] = at[place] + offset
         for which, places in self.tuples:
-            args[which] = tuple([at[place] + offset for place, offset in places])
+            args[which] = tuple([0 if found is None else at[found[0]] + found[1] for found in places])
         for which, place, offset, box, known in self.boxes:
             address = at[place] + offset
             args[which] = known.get(address) or _box_at(address, box, known)

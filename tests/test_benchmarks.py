@@ -467,6 +467,23 @@ def test_a_wrong_model_fails_the_run(alone: Run, tmp_path: Path) -> None:
     assert cells[4].startswith("WRONG")
 
 
+def test_a_block_is_measured_with_and_without_replays(alone: Run, tmp_path: Path) -> None:
+    path = tmp_path / "block.md"
+    done = alone("block_host", "--cpu", "--models", "mixtral", "--tokens", "1", "5", "--samples", "2", "--calls", "2", "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = [row for row in table_rows(path.read_text()) if row[0].startswith("mixtral")]
+    assert [row[0] for row in cells] == ["mixtral 1", "mixtral 5"]
+    assert all(float(part) > 0 for row in cells for cell in row[1:] for part in cell.split(" / "))
+
+
+def test_a_wrong_block_fails_the_run(alone: Run, tmp_path: Path) -> None:
+    plugin = tmp_path / "wrong.py"
+    plugin.write_text(DOUBLED)
+    done = alone("block_host", "--cpu", "--models", "mixtral", "--tokens", "5", "--samples", "2", "--calls", "2", "--plugin", str(plugin))
+    assert done.returncode != 0
+    assert "WRONG" in done.stdout
+
+
 def test_first_calls_are_measured_and_held_against_a_limit(alone: Run, tmp_path: Path) -> None:
     path = tmp_path / "first.csv"
     args = ["--what", "layer", "--shapes", "tiny", "--tokens", "4", "--train", "--limit", "-1", "--out", str(path)]
