@@ -7,9 +7,14 @@ Two layouts. Ranks count with tp fastest, then ep, then dp.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import socket
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
+from types import FunctionType
 from typing import Any
 
 import torch.distributed as dist
@@ -172,6 +177,34 @@ def _remember(config: ParallelConfig) -> ParallelConfig:
     _validated.add(id(config))
     _kept.append(config)
     return config
+
+
+@atexit.register
+def _let_groups_go() -> None:
+    """Ends the threads of destroyed process groups that only configurations in Dynamo's caches, or torch itself, still hold.
+
+    Gloo's threads free the tensors of the last collectives. One that is late asks for the lock of an interpreter that is no more, and
+    the process dies of SIGABRT ("terminate called without an active exception"). A group that nobody holds waits for its threads.
+    """
+    if not _kept:
+        return
+    for config in _kept:
+        for axis in (*AXES, "replica"):
+            object.__setattr__(config, f"{axis}_group", None)
+    _kept.clear()
+    _validated.clear()
+    for function in _functions_of_torch_distributed():
+        if any(isinstance(each, dist.ProcessGroup) for each in function.__defaults__ or ()):
+            function.__defaults__ = tuple(None if isinstance(each, dist.ProcessGroup) else each for each in function.__defaults__)
+    gc.collect()  # DDP's and FSDP2's models are cycles that hold groups
+
+
+def _functions_of_torch_distributed() -> Iterator[Any]:
+    """Some have the default group as a default argument: the one of the time when their module was imported, by Dynamo for example."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("torch.distributed.")]
+    for value in [value for module in modules for value in vars(module).values()]:
+        parts = vars(value).values() if issubclass(type(value), type) else (value,)
+        yield from (part for part in parts if type(part) is FunctionType)  # isinstance makes torch's deprecated objects warn
 
 
 def _plain_fields(config: ParallelConfig) -> dict[str, Any]:

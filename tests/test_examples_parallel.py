@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,23 @@ EAGER = "import functools\nimport moe_compile\nmoe_compile.compile = functools.p
 AFRESH = "\ntorch._dynamo.reset()\n"  # each block of the page compiles as if it were the first
 
 
-def launched(ranks: int, *command: Any, timeout: float = 400.0) -> str:
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests" / "ending"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+
+def ends_well(out: str, ranks: int, threads: int = 0) -> None:
+    """No process leaves threads that may want an interpreter which is gone: that is SIGABRT, and only now and then."""
+    ends = re.findall(r"^rank (\d+) ends with (\d+) threads of gloo$", out, flags=re.MULTILINE)
+    assert sorted(ends) == [(str(rank), str(threads)) for rank in range(ranks)], out
+
+
+def launched(ranks: int, *command: Any, timeout: float = 400.0, threads: int = 0) -> str:
     """What a program over ranks printed; it must end well."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*LAUNCH, str(ranks), *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    words = [*LAUNCH, str(ranks), *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
+    ends_well(done.stdout, ranks, threads)
     return done.stdout
 
 
@@ -74,7 +87,7 @@ def test_inference_with_tensor_parallel_tokens() -> None:
 
 def test_a_model_that_cannot_be_spread_fails_with_the_reason() -> None:
     command = [*LAUNCH, "2", "examples/expert_parallel.py", "--inner", "eager", "--comm", "nvlink"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode != 0
     assert "nvlink runs on CUDA devices, device is 'cpu'" in done.stderr
 
@@ -113,11 +126,14 @@ def test_two_hosts_played_by_one() -> None:
     """The command line of several hosts, each with one process, over one machine's loopback."""
     meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "moe")
     command = [*LAUNCH[:3], "--nnodes", "2", "--nproc-per-node", "1", *meet, "examples/expert_parallel.py", "--inner", "eager"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    hosts = [subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    hosts = [
+        subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     told = [host.communicate(timeout=400)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], told
     assert sum("MoE blocks in" in text for text in told) == 1  # only rank 0 speaks
+    ends_well("".join(told), 2)
 
 
 def free_port() -> int:
@@ -135,8 +151,9 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_of_the_page_is_a_program_for_four_processes(tmp_path: Path) -> None:
     program = tmp_path / "page.py"
-    program.write_text(EAGER + AFRESH.join(blocks("python")))
-    out = launched(4, program)
+    text = textwrap.indent(EAGER + AFRESH.join(blocks("python")), "    ")
+    program.write_text(f"def main():\n{text}\n\nmain()\n")  # groups in a module's variables would outlive the interpreter
+    out = launched(4, program, threads=3)  # of the world's group, in which DTensor's caches keep FSDP2's mesh
     assert "MoE blocks: 1 found, 1 rewritten, 0 left as they were" in out
     assert "experts 0..1 of 8 on this rank, 4 ranks" in out
 

@@ -39,10 +39,10 @@ LEFT = {
 
 
 def test_random_blocks_mean_themselves():
-    found = list(judged(drawn(80, sizes=CHEAP), jobs=2))
+    found = list(judged(drawn(48, sizes=CHEAP), jobs=2))
     bad = [v for v in found if v.bad]
     assert not bad, str(shrunk(bad[0]))
-    assert sum(v.status == "rewritten" for v in found) >= 30
+    assert sum(v.status == "rewritten" for v in found) >= 18
 
 
 @pytest.mark.parametrize("name", FOUND)
