@@ -201,8 +201,8 @@ def _let_groups_go() -> None:
 
 def _functions_of_torch_distributed() -> Iterator[Any]:
     """Some have the default group as a default argument: the one of the time when their module was imported, by Dynamo for example."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("torch.distributed.")]
-    for value in [value for module in modules for value in vars(module).values()]:
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("torch.distributed.")]
+    for value in [value for module in modules for value in getattr(module, "__dict__", {}).values()]:
         parts = vars(value).values() if issubclass(type(value), type) else (value,)
         yield from (part for part in parts if type(part) is FunctionType)  # isinstance makes torch's deprecated objects warn
 
