@@ -189,21 +189,10 @@ def add_up(y_PO: Any, plan: Plan, weights_TK: Any, tokens: int, top_k: int, dtyp
             weights_TK = weights_TK if weights_TK.stride(1) == 1 else weights_TK.contiguous()
             stride = weights_TK.stride(0)
         start(
-            sum_kernel,
-            (tokens, -(-width // block)),
-            y_PO,
-            plan.rows,
-            weights_TK if given else plan.rows,
-            out,
-            width,
-            stride,
-            K=top_k,
-            WEIGHTED=given,
-            BLOCK=block,
-            num_warps=warps,
-            EARLY=early,
-            **({"launch_pdl": True} if early else {}),
-        )
+            sum_kernel, (tokens, -(-width // block)),
+            y_PO, plan.rows, weights_TK if given else plan.rows, out, width, stride, K=top_k, WEIGHTED=given, BLOCK=block, EARLY=early,
+            num_warps=warps, **({"launch_pdl": True} if early else {}),
+        )  # fmt: skip
     return out
 
 

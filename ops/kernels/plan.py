@@ -384,16 +384,9 @@ def _sort_chunks(ids: Any, num_experts: int, plan: Plan) -> None:
         totals, counts = (totals if counts is None else counts), None
         chunks_at_once, experts_at_once = TUNING.scan
         start(
-            scan_kernel,
-            (-(-num_experts // experts_at_once),),
-            table,
-            totals,
-            chunks,
-            E=num_experts,
-            BG=min(chunks_at_once, power(chunks)),
-            BE=experts_at_once,
-            num_warps=TUNING.scan_warps,
-        )
+            scan_kernel, (-(-num_experts // experts_at_once),),
+            table, totals, chunks, E=num_experts, BG=min(chunks_at_once, power(chunks)), BE=experts_at_once, num_warps=TUNING.scan_warps,
+        )  # fmt: skip
     rows = plan.block_rows or 1
     blocks_at_once, fills = _fills(_bound(plan), rows, padded)
     start(
